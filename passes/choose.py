@@ -1,0 +1,127 @@
+"""Decide: which sites are adapted, by which method, at which rank. The result is the graph's plan."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from sarac.ir.adapters import Adapter, build, trainable_count
+from sarac.ir.errors import PlanError, near
+from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.plan import Plan, Rule
+from sarac.ir.spectrum import Spectrum, spectrum
+
+Where = str | Sequence[str] | Callable[[Site], bool] | None
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Give every chosen site an adapter.
+
+    `plan`: a rule's text (`threshold:0.6,min=4`), a Plan, or the path of a plan's JSON. `method`: sara or mosara.
+    `where`: globs over weight names, or a predicate on Site; None takes all linear sites but the output head and embeddings.
+    `also_train`: globs of further parameters that train whole.
+    """
+
+    plan: str | Path | Plan = "threshold:0.6"
+    method: str = "sara"
+    where: Where = None
+    also_train: str | Sequence[str] | None = None
+    exact: ClassVar[bool] = True
+
+    def __call__(self, graph: ModelGraph) -> ModelGraph:
+        """The graph with its plan; what does not fit is a PlanError that says what and where."""
+        given = _given_plan(self.plan)
+        if given is not None:
+            if self.where is not None:
+                raise PlanError("A finished plan names its sites itself: leave `where` out, or edit the plan.")
+            given.require_fits({site.name: site.shape for site in graph.sites.values()})
+            chosen = replace(given, also_train=(*given.also_train, *self._further(graph, given.sites)))
+        else:
+            chosen = self._by_rule(graph, str(self.plan))
+        for name, adapter in chosen.sites.items():
+            _require_possible(graph.sites[name], adapter)
+        return replace(graph, plan=chosen)
+
+    def _by_rule(self, graph: ModelGraph, text: str) -> Plan:
+        rule = Rule.parse(text)
+        build(self.method, 1, rule.options)  # a wrong option is told before any spectrum is computed
+        sites = chosen_sites(graph, self.where)
+        spectra = {name: site.spectrum or spectrum(graph.weight(site), name) for name, site in sites.items()}
+        spectra = self._usable(spectra)
+
+        def cost(name: str, rank: int) -> int:
+            return trainable_count(build(self.method, rank, rule.options), sites[name].shape)
+
+        total = sum(parameter.numel() for parameter in graph.module.parameters())
+        ranks = rule.ranks(spectra, cost, total)
+        adapters = {name: build(self.method, rank, rule.options) for name, rank in ranks.items()}
+        return Plan(adapters, text, self._further(graph, adapters))
+
+    def _usable(self, spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+        """Leave out weights of zeros, which have no direction to train; PlanError if they were named or are all."""
+        usable = {name: found for name, found in spectra.items() if found.numerical_rank > 0}
+        zeros = [name for name in spectra if name not in usable]
+        if zeros and (self.where is not None or not usable):
+            raise PlanError(
+                f"The weight {zeros[0]} is all zeros: it has no singular directions to train. Leave it out of `where`."
+            )
+        return usable
+
+    def _further(self, graph: ModelGraph, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+        if self.also_train is None:
+            return ()
+        globs = [self.also_train] if isinstance(self.also_train, str) else list(self.also_train)
+        taken = {alias for name in adapters for alias in graph.sites[name].names}
+        names = [name for name, _ in graph.module.named_parameters()]
+        found = matching(globs, names, "also_train")
+        both = next((name for name in found if name in taken), None)
+        if both is not None:
+            raise PlanError(f"{both} would be both adapted and trained whole: take it out of `also_train` or of `where`.")
+        return tuple(found)
+
+
+def chosen_sites(graph: ModelGraph, where: Where) -> dict[str, Site]:
+    """The sites that `where` takes; PlanError if there are none, with the near names of a glob that matches nothing."""
+    if not graph.sites:
+        raise PlanError(
+            f"{type(graph.module).__name__} has no linear weight that sarac can adapt. sarac.analyze(model) says for each "
+            "parameter why not."
+        )
+    if where is None:
+        found = {name: site for name, site in graph.sites.items() if site.default}
+    elif callable(where):
+        found = {name: site for name, site in graph.sites.items() if where(site)}
+    else:
+        globs = [where] if isinstance(where, str) else list(where)
+        aliases = {alias: site for site in graph.sites.values() for alias in site.names}
+        found = {aliases[alias].name: aliases[alias] for alias in matching(globs, aliases, "where")}
+    if not found:
+        raise PlanError(f"`where` takes none of the {len(graph.sites)} linear sites, for example {next(iter(graph.sites))}.")
+    return found
+
+
+def matching(globs: Sequence[str], names: Iterable[str], option: str) -> list[str]:
+    """The names that any glob matches, in their order; a glob that matches nothing is an error."""
+    known = list(names)
+    for glob in globs:
+        if not fnmatch.filter(known, glob):
+            raise PlanError(f"The glob {glob!r} in `{option}` matches no weight. {near(glob, known)}")
+    return [name for name in known if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
+
+
+def _given_plan(plan: str | Path | Plan) -> Plan | None:
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Path) or str(plan).endswith(".json"):
+        return Plan.load(plan)
+    return None
+
+
+def _require_possible(site: Site, adapter: Adapter) -> None:
+    if site.form != "call" and not adapter.foldable:
+        raise PlanError(
+            f'{site.name} cannot carry a routed adapter, which needs the layer\'s input: {site.reason}. Use method="sara" '
+            "for it, or leave it out of `where`."
+        )

@@ -1,0 +1,86 @@
+"""Fold adapters into plain weights: the original classes, names and flags come back, untouched tensors stay shared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sarac.ir.adapters import MoSara
+from sarac.ir.check import relative_norm
+from sarac.ir.clone import clone
+from sarac.ir.errors import NotFoldable, RewriteError, near
+from sarac.ir.graph import Folded, ModelGraph
+from sarac.ir.layers import adapted, uninstall
+from sarac.ir.record import detach, record_of
+from sarac.ir.weight import Slot, oriented
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Write every adapter into its weight: computed in `precision` from the stored base, rounded once.
+
+    `gates`: for routed sites, fixed gates of shape (sets,) by site name, which fold them approximately; without them a routed
+    site raises NotFoldable.
+    """
+
+    precision: torch.dtype = torch.float32
+    gates: Mapping[str, Tensor] | None = None
+    inplace: bool = False
+    exact: ClassVar[bool] = False
+
+    def __call__(self, graph: ModelGraph) -> ModelGraph:
+        """The graph with a plain module, and what folding did to each site."""
+        states = list(adapted(graph.module))
+        if not states:
+            raise RewriteError(
+                f"{type(graph.module).__name__} carries no adapters: there is nothing to fold. Transform it first."
+            )
+        _require_foldable([slot for _, _, state in states for slot in state.slots.values()], self.gates or {})
+        record = record_of(graph.module)
+        module = clone(graph.module, frozen=False, inplace=self.inplace)
+        folded: dict[str, Folded] = {}
+        merged: dict[str, nn.Parameter] = {}
+        for _, owner, state in list(adapted(module)):
+            slots = list(state.slots.values())
+            for slot in slots:
+                if slot.site not in merged:
+                    merged[slot.site], folded[slot.site] = self._merge(owner, slot)
+            uninstall(owner)
+            for slot in slots:
+                owner._parameters[slot.param] = merged[slot.site]
+        detach(module)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(record.trained_before.get(name, True) if record else True)
+        return replace(graph, module=module, plan=None, regions={}, folded=folded)
+
+    def _merge(self, owner: nn.Module, slot: Slot) -> tuple[nn.Parameter, Folded]:
+        base = owner._parameters[slot.param]
+        assert base is not None
+        wide = torch.promote_types(base.dtype, self.precision)
+        tensors = {role: tensor.detach().to(wide) for role, tensor in slot.tensors(owner).items()}
+        gates = (self.gates or {}).get(slot.site)
+        if gates is not None and isinstance(slot.adapter, MoSara):
+            delta = slot.adapter.mean_delta(tensors, gates.to(wide))
+        else:
+            delta = slot.adapter.delta(tensors)
+        exact = oriented(base.detach(), slot.transposed).to(wide) + delta
+        rounded = oriented(exact, slot.transposed).to(base.dtype).contiguous()
+        lost = oriented(rounded, slot.transposed).double() - oriented(base.detach(), slot.transposed).double() - delta.double()
+        facts = Folded(relative_norm(delta, base), relative_norm(lost, delta) if float(delta.norm()) else 0.0)
+        return nn.Parameter(rounded, requires_grad=base.requires_grad), facts
+
+
+def _require_foldable(slots: list[Slot], gates: Mapping[str, Tensor]) -> None:
+    wrong = next((name for name in gates if name not in {slot.site for slot in slots}), None)
+    if wrong is not None:
+        raise RewriteError(f"There are gates for {wrong!r}, which is no adapted site. {near(wrong, [s.site for s in slots])}")
+    routed = sorted({slot.site for slot in slots if not slot.adapter.foldable and slot.site not in gates})
+    if routed:
+        shown = ", ".join(routed[:3]) + (f" and {len(routed) - 3} more" if len(routed) > 3 else "")
+        raise NotFoldable(
+            f"A routed adapter has no single weight to fold into; routed here: {shown}. Either export without merging "
+            '(merge=False, or `sarac export` without --merge), which writes the routed subgraph; or fold with routing="mean" and '
+            "calibration inputs (`--routing mean --calibration FILE`), which fixes the gates at their mean and reports the error."
+        )

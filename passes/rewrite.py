@@ -1,0 +1,109 @@
+"""Carry out the plan: linear nodes become adapter subgraphs, in a new module tree that shares every base tensor."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from sarac.ir.adapters import Adapter
+from sarac.ir.clone import clone
+from sarac.ir.errors import RewriteError
+from sarac.ir.graph import ModelGraph, Region, Site, owners
+from sarac.ir.layers import adapted, compile_forward, install
+from sarac.ir.match import Match, linear_nodes
+from sarac.ir.record import Record, attach
+from sarac.ir.weight import Slot, base_attribute
+
+Tensors = Mapping[str, nn.Parameter]
+_SOME_SHAPE = (1, 1)  # which tensors an adapter has does not depend on the weight's shape
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Rewrite every site of the plan; the outputs stay the same to the last bit, and only the adapters train.
+
+    `seed` is for what starts at random; `inplace` changes the given module instead of a copy.
+    """
+
+    seed: int = 0
+    inplace: bool = False
+    exact: ClassVar[bool] = True
+
+    def __call__(self, graph: ModelGraph) -> ModelGraph:
+        """The graph with an adapted module and rewritten region graphs."""
+        plan = graph.plan
+        if plan is None or not plan.sites:
+            raise RewriteError("There is no plan to carry out: run Choose first, or give a plan with at least one site.")
+        if any(True for _ in adapted(graph.module)):
+            raise RewriteError("The model is already transformed: fold it first (sarac.fold), or transform the source.")
+        tensors = {name: self._tensors(graph, graph.site(name), adapter) for name, adapter in plan.sites.items()}
+        trained = {name: parameter.requires_grad for name, parameter in graph.module.named_parameters()}
+        module = clone(graph.module, frozen=True, own=frozenset(plan.also_train), inplace=self.inplace)
+        regions = self._install(graph, module, tensors)
+        attach(module, Record(plan, trained))
+        return replace(graph, module=module, regions={**graph.regions, **regions})
+
+    def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter) -> dict[str, nn.Parameter]:
+        # A seed of its own for each site: what one starts at does not depend on which others are adapted.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
+        made = adapter.init(graph.weight(site), generator, site.name)
+        return {role: nn.Parameter(tensor, requires_grad=role in adapter.trainable) for role, tensor in made.items()}
+
+    def _install(self, graph: ModelGraph, module: nn.Module, tensors: Mapping[str, Tensors]) -> dict[str, Region]:
+        """Give every owner of an adapted weight its slots, and its forward where all graphs of it could be rewritten."""
+        assert graph.plan is not None
+        slots: dict[str, dict[str, Slot]] = defaultdict(dict)
+        for name, adapter in graph.plan.sites.items():
+            site = graph.site(name)
+            for _, param, path in owners(module, site.names):
+                slots[path][param] = Slot(site.name, param, adapter, site.transposed)
+        rewritten = {}
+        for path, chosen in slots.items():
+            owner = module.get_submodule(path)
+            region = graph.regions.get(path)
+            calls = {param: slot for param, slot in chosen.items() if graph.site(slot.site).form == "call"}
+            forward = None
+            if region is not None and calls:
+                region = region.copy()
+                for one in region.graphs().values():
+                    _rewrite(one, calls)
+                forward, rewritten[path] = compile_forward(region.train, region.evaluate), region
+            named = {param: tensors[slot.site] for param, slot in chosen.items()}
+            install(owner, list(chosen.values()), named, forward, region.guards if region and forward else ())
+        return rewritten
+
+
+def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot]) -> None:
+    """Replace every linear node over these parameters by its adapter's subgraph."""
+    matches, _ = linear_nodes(graph, slots)
+    for match in (match for match in matches if not match.left):
+        slot, users = slots[match.param], list(match.node.users)
+        _read_base(graph, match, base_attribute(slot.param))
+        with graph.inserting_before(match.node.next):
+            roles = slot.adapter.shapes(*_SOME_SHAPE)
+            read = {role: fx.Proxy(graph.get_attr(slot.attribute(role))) for role in roles}
+            result = slot.adapter.apply(fx.Proxy(match.x), fx.Proxy(match.node), read).node
+        for user in users:
+            user.replace_input_with(match.node, result)
+    graph.lint()
+
+
+def _read_base(graph: fx.Graph, match: Match, attribute: str) -> None:
+    """Let the linear node read the base, through the same transposes; other readers keep the effective weight."""
+    value: fx.Node | None = None
+    with graph.inserting_before(match.node):
+        for step in match.chain:
+            value = graph.get_attr(attribute) if value is None else graph.node_copy(step, _always(value))
+    assert value is not None
+    match.node.replace_input_with(match.chain[-1], value)
+    for step in reversed(match.chain):
+        if not step.users:
+            graph.erase_node(step)
+
+
+def _always(node: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda _: node

@@ -1,0 +1,1 @@
+"""What everything in sarac speaks of: sites, spectra, adapters, plans, graphs, and how they are checked."""

@@ -1,0 +1,285 @@
+"""The methods and their maths: what each adds to a linear call, what of it trains, and the weight change it amounts to.
+
+`apply` is written once and runs on tensors and on fx proxies alike: on proxies it writes the subgraph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from sarac.ir.errors import NotFoldable, PlanError, near
+from sarac.ir.spectrum import factors
+from sarac.ir.terms import add, mix, project, score
+
+Tensors = Mapping[str, Any]
+TRAINS = ("singular_values", "factors")
+INITS = ("svd", "random")
+ROUTERS = ("soft", "topk", "hard", "uniform")
+LR_SHIFT = 2e-2
+LR_FACTORS = 1e-3
+
+
+class Adapter(Protocol):
+    """One method on one weight: a frozen dataclass that holds options and maths, never tensors."""
+
+    method: ClassVar[str]
+
+    @property
+    def rank(self) -> int:
+        """k, the number of singular directions."""
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The roles of the tensors that train."""
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the method amounts to one weight change, whatever the input."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate to give Adam for what trains."""
+
+    def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by role, for a weight of shape (out, inner)."""
+
+    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+        """The tensors by role at which the method changes nothing, for a weight (out, in)."""
+
+    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
+        """The adapted output, from the input x (…, in) and the base's output y (…, out)."""
+
+    def delta(self, tensors: Tensors) -> Tensor:
+        """The weight change (out, in) that `apply` amounts to, in float32 or better; NotFoldable if there is none."""
+
+
+@dataclass(frozen=True)
+class Sara:
+    """SARA: y = W x + U diag(λ) V x over the leading k singular directions of W (Gu et al. 2024, "SARA").
+
+    `train="singular_values"` trains δ = λ / s alone; `"factors"` trains U, δ and V, which start at the SVD
+    (`init=svd`) or at random (`init=random`, where s is 1 and so δ is λ itself).
+    """
+
+    rank: int
+    train: str = "singular_values"
+    basis: str = field(default="svd", metadata={"option": "init"})
+    method: ClassVar[str] = "sara"
+    foldable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"rank={self.rank}", "a rank is at least 1")
+        _require(self.train in TRAINS, f"train={self.train}", f"train is one of {', '.join(TRAINS)}")
+        _require(self.basis in INITS, f"init={self.basis}", f"init is one of {', '.join(INITS)}")
+        fits = self.train == "factors" or self.basis == "svd"
+        _require(fits, f"init={self.basis}", "singular values belong to the SVD's factors: random ones need train=factors")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """δ alone, or δ with both factors."""
+        return ("shift",) if self.train == "singular_values" else ("u", "shift", "v")
+
+    @property
+    def lr(self) -> float:
+        """A learning rate for Adam that the pilot in this module's docstring found to work."""
+        return LR_SHIFT if self.train == "singular_values" else LR_FACTORS
+
+    def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
+        """U (out, k), V (k, in), the scale s (k,) and the shift δ (k,)."""
+        return {"u": (out, self.rank), "v": (self.rank, inner), "scale": (self.rank,), "shift": (self.rank,)}
+
+    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+        """Factors of `weight` (out, in) in its dtype, and δ = 0."""
+        if self.basis == "svd":
+            return {**_svd_tensors(weight, self.rank, name), "shift": _small(weight, self.rank)}
+        out, inner = weight.shape
+        u = torch.randn(out, self.rank, generator=generator) / out**0.5  # columns of norm 1, as an SVD's have
+        v = torch.randn(self.rank, inner, generator=generator) / inner**0.5
+        return {
+            "u": u.to(weight),
+            "v": v.to(weight),
+            "scale": _small(weight, self.rank) + 1.0,
+            "shift": _small(weight, self.rank),
+        }
+
+    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
+        """y + U ((δ ⊙ s) ⊙ V x)."""
+        h = project(x, tensors["v"])
+        return add(y, h * (tensors["shift"] * tensors["scale"]), tensors["u"])
+
+    def delta(self, tensors: Tensors) -> Tensor:
+        """U diag(δ ⊙ s) V, shape (out, in)."""
+        return _product(tensors, tensors["shift"] * tensors["scale"])
+
+
+@dataclass(frozen=True)
+class MoSara:
+    """Mo-SARA: y = W x + U diag(Σ_i g_i(x) λ_i) V x with gates g = softmax(R V x) over `sets` vectors λ_i.
+
+    `router`: soft (all sets), topk:N (the N largest gates, not renormalised, so that topk:1 still trains R and
+    topk:sets is soft), hard (the largest counts as 1, straight-through gradient), uniform (1 / sets, no R: the control).
+    `bottleneck`: R as a product through that width; 0 for none.
+    """
+
+    rank: int
+    sets: int = 5
+    router: str = "soft"
+    bottleneck: int = 0
+    method: ClassVar[str] = "mosara"
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"rank={self.rank}", "a rank is at least 1")
+        _require(self.sets >= 1, f"sets={self.sets}", "there is at least 1 set")
+        _require(self.bottleneck >= 0, f"bottleneck={self.bottleneck}", "a width is at least 1, or 0 for none")
+        kind, _, count = self.router.partition(":")
+        known = kind in ROUTERS and (kind == "topk") == bool(count)
+        _require(known, f"router={self.router}", "router is soft, topk:N, hard or uniform")
+        fits = kind != "topk" or (count.isdigit() and 1 <= int(count) <= self.sets)
+        _require(fits, f"router={self.router}", f"N is a number from 1 to sets ({self.sets})")
+
+    @property
+    def routed(self) -> bool:
+        """Whether the gates depend on the input."""
+        return self.sets > 1 and self.router != "uniform"
+
+    @property
+    def foldable(self) -> bool:
+        """Only where the gates are constant: one set, or the uniform router."""
+        return not self.routed
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Every δ_i, and the router where there is one."""
+        return ("shift", *self._router_shapes())
+
+    @property
+    def lr(self) -> float:
+        """A learning rate for Adam that the pilot in this module's docstring found to work."""
+        return LR_SHIFT
+
+    def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
+        """U (out, k), V (k, in), s (k,), the shifts δ (sets, k), the router R (sets, k) or its two factors."""
+        k = self.rank
+        factors = {"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (self.sets, k)}
+        return {**factors, **self._router_shapes()}
+
+    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+        """SVD factors of `weight` (out, in), every δ_i = 0, R random: equal rows would never separate the sets."""
+        small = _small(weight, self.sets, self.rank)
+        tensors = {**_svd_tensors(weight, self.rank, name), "shift": small}
+        for role, shape in self._router_shapes().items():
+            tensors[role] = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(small)
+        return tensors
+
+    def gates(self, h: Any, tensors: Tensors) -> Any:
+        """The gates (…, sets) for projections h = V x of shape (…, k)."""
+        if self.bottleneck:
+            h = score(h, tensors["router_in"])
+        scores = score(h, tensors["router"])
+        soft = torch.softmax(scores, -1)
+        kind, _, count = self.router.partition(":")
+        if kind == "topk":
+            kept = torch.topk(soft, int(count), -1)
+            return torch.zeros_like(soft).scatter(-1, kept[1], kept[0])
+        if kind == "hard":
+            largest = one_hot(torch.argmax(scores, -1), self.sets)
+            return largest + (soft - soft.detach())
+        return soft
+
+    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
+        """y + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
+        h = project(x, tensors["v"])
+        values = tensors["shift"] * tensors["scale"]
+        mixed = h * values.mean(0) if self.foldable else mix(h, self.gates(h, tensors), values)
+        return add(y, mixed, tensors["u"])
+
+    def delta(self, tensors: Tensors) -> Tensor:
+        """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""
+        if self.routed:
+            raise NotFoldable(f"A routed Mo-SARA adapter ({self.sets} sets, router {self.router}) has no single weight.")
+        return self.mean_delta(tensors, torch.full((self.sets,), 1.0 / self.sets))
+
+    def mean_delta(self, tensors: Tensors, gates: Tensor) -> Tensor:
+        """U diag(Σ_i g_i λ_i) V for fixed gates of shape (sets,), shape (out, in)."""
+        values = tensors["shift"] * tensors["scale"]
+        return _product(tensors, gates.to(values) @ values)
+
+    def _router_shapes(self) -> dict[str, tuple[int, int]]:
+        if not self.routed:
+            return {}
+        if not self.bottleneck:
+            return {"router": (self.sets, self.rank)}
+        return {"router": (self.sets, self.bottleneck), "router_in": (self.bottleneck, self.rank)}
+
+
+METHODS: dict[str, type[Sara | MoSara]] = {"sara": Sara, "mosara": MoSara}
+
+
+def options(method: str) -> dict[str, Field[Any]]:
+    """The options of a method by the names that plans and files use."""
+    if method not in METHODS:
+        raise PlanError(f"The method {method!r} is unknown. {near(method, METHODS)}")
+    return {item.metadata.get("option", item.name): item for item in fields(METHODS[method])}
+
+
+def build(method: str, rank: int, chosen: Mapping[str, Any]) -> Adapter:
+    """The adapter of a method at a rank, with options by the names that plans use."""
+    known = options(method)
+    wrong = next((name for name in chosen if name not in known or name == "rank"), None)
+    if wrong is not None:
+        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [n for n in known if n != 'rank'])}")
+    kinds = {known[name].name: _read(name, known[name], value) for name, value in chosen.items()}
+    return METHODS[method](rank=rank, **kinds)
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """The adapter as plain JSON values: method, rank and every option."""
+    values = {name: getattr(adapter, item.name) for name, item in options(adapter.method).items()}
+    return {"method": adapter.method, **values}
+
+
+def trainable_count(adapter: Adapter, shape: tuple[int, int]) -> int:
+    """How many numbers train on a weight of shape (out, in)."""
+    shapes = adapter.shapes(*shape)
+    return sum(math.prod(shapes[role]) for role in adapter.trainable)
+
+
+def _svd_tensors(weight: Tensor, rank: int, name: str) -> dict[str, Tensor]:
+    u, s, v, floor = factors(weight, rank, name)
+    return {
+        "u": u.to(weight).contiguous(),
+        "v": v.to(weight).contiguous(),
+        # floored, so that a direction without any weight can still be moved a little and never divides by zero
+        "scale": s.clamp_min(floor).to(_small(weight)),
+    }
+
+
+def _small(weight: Tensor, *shape: int) -> Tensor:
+    # Few numbers, and all the learning is in them: float32 even where the weight has half of it.
+    return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+
+
+def _product(tensors: Tensors, values: Tensor) -> Tensor:
+    wide = torch.promote_types(tensors["u"].dtype, torch.float32)
+    product: Tensor = (tensors["u"].to(wide) * values.to(wide)) @ tensors["v"].to(wide)
+    return product
+
+
+def _require(holds: bool, given: str, rule: str) -> None:
+    if not holds:
+        raise PlanError(f"The option {given} is not possible: {rule}.")
+
+
+def _read(name: str, item: Field[Any], value: Any) -> Any:
+    try:
+        kind: Any = type(item.default)
+        return kind(value)
+    except ValueError as error:
+        raise PlanError(f"The option {name}={value} is not possible: it takes a whole number.") from error

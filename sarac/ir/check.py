@@ -1,0 +1,127 @@
+"""The one place that knows tolerances: how different two outputs are, and how different they may be."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sarac.ir.errors import CheckFailed
+
+# rms of the difference over the standard deviation of what is expected, by the least precise dtype on the way. Measured
+# against float64 references, whole models lie at 1e-6 (fp32), 2.5e-3 (fp16), 1.8e-2 (bf16): the gates leave room for
+# a different order of summation and for nothing more.
+_GATES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# A merged model may be this much further from the unmerged one than its own dtype's rounding explains.
+MERGED_OVER_UNMERGED = 1.5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `actual` lies from `expected`: rms error over the standard deviation, and the largest absolute one."""
+
+    error: float
+    max_error: float
+    finite: bool
+    where: str
+
+    @property
+    def identical(self) -> bool:
+        """Whether there is no difference at all."""
+        return self.finite and self.max_error == 0.0
+
+
+def gate(dtype: torch.dtype) -> float:
+    """The largest relative error (rms over standard deviation, no unit) that passes at `dtype`."""
+    return _GATES.get(dtype, _GATES[torch.float32])
+
+
+def coarsest(*values: Any) -> torch.dtype:
+    """The least precise floating dtype among tensors, modules and nested outputs; float32 if there is none."""
+    dtypes = {leaf.dtype for value in values for leaf in _floats(value)}
+    return max(dtypes, key=gate, default=torch.float32)
+
+
+def leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested outputs with its path, in a fixed order."""
+    for path, value in pytree.tree_flatten_with_path(outputs)[0]:
+        if isinstance(value, Tensor):
+            yield pytree.keystr(path) or "output", value
+
+
+def difference(actual: Any, expected: Any) -> Difference:
+    """The worst difference over all tensors of two outputs of the same structure."""
+    ours, theirs = list(leaves(actual)), list(leaves(expected))
+    if [tensor.shape for _, tensor in ours] != [tensor.shape for _, tensor in theirs]:
+        raise CheckFailed(
+            f"The outputs have another form: {[tuple(t.shape) for _, t in ours]} instead of "
+            f"{[tuple(t.shape) for _, t in theirs]}."
+        )
+    worst = Difference(0.0, 0.0, True, "output")
+    for (path, one), (_, two) in zip(ours, theirs, strict=True):
+        found = _tensor_difference(one.detach(), two.detach(), path)
+        if not found.finite or (worst.finite and found.error > worst.error):
+            worst = found
+    return worst
+
+
+def require_close(actual: Any, expected: Any, dtype: torch.dtype, what: str) -> Difference:
+    """Raise CheckFailed unless the outputs agree within the gate of `dtype`; `what` names the two for the message."""
+    found = difference(actual, expected)
+    if not found.finite or not found.error <= gate(dtype):
+        raise CheckFailed(
+            f"{what} differ at {found.where}: relative error {found.error:.3g} (rms over standard deviation), largest "
+            f"absolute {found.max_error:.3g}{'' if found.finite else ', with NaN or Inf'}; "
+            f"{str(dtype).removeprefix('torch.')} allows {gate(dtype):.0e}."
+        )
+    return found
+
+
+def require_identical(actual: Any, expected: Any, what: str) -> None:
+    """Raise CheckFailed unless the outputs agree in every bit (NaN in the same places counts as equal)."""
+    found = difference(actual, expected)
+    if not found.identical:
+        raise CheckFailed(f"{what} must be bit-exact and differ at {found.where}: largest absolute error {found.max_error:.3g}.")
+
+
+def require_different(actual: Any, expected: Any, what: str, remedy: str) -> Difference:
+    """Raise CheckFailed if the outputs are the same: a no-op must never pass for a success."""
+    found = difference(actual, expected)
+    if found.identical:
+        raise CheckFailed(f"{what} are identical to the last bit. {remedy}")
+    return found
+
+
+def require_finite(outputs: Any, what: str) -> None:
+    """Raise CheckFailed at the first NaN or Inf."""
+    for path, tensor in leaves(outputs):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckFailed(f"{what} has NaN or Inf at {path}: check the weights and the dtype it runs in.")
+
+
+def relative_norm(part: Tensor, whole: Tensor) -> float:
+    """‖part‖ / ‖whole‖ in the Frobenius norm; 0 where both vanish, infinite where only `whole` does."""
+    top, bottom = float(part.double().norm()), float(whole.double().norm())
+    return 0.0 if top == 0.0 else top / bottom if bottom > 0.0 else math.inf
+
+
+def _tensor_difference(one: Tensor, two: Tensor, path: str) -> Difference:
+    a, b = one.double().cpu(), two.double().cpu()
+    odd = ~(torch.isfinite(a) & torch.isfinite(b))
+    same_odd = bool(((a == b) | (torch.isnan(a) & torch.isnan(b)))[odd].all())  # masks of -inf are legitimate outputs
+    gap, reference = (a - b)[~odd], b[~odd]
+    if gap.numel() == 0:
+        return Difference(0.0 if same_odd else math.inf, 0.0, same_odd, path)
+    spread = float(reference.std(correction=0))
+    scale = spread or float(reference.abs().max()) or 1.0
+    rms = float(gap.square().mean().sqrt())
+    return Difference(rms / scale if same_odd else math.inf, float(gap.abs().max()), same_odd, path)
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    tensors = value.parameters() if isinstance(value, torch.nn.Module) else (leaf for _, leaf in leaves(value))
+    return (tensor for tensor in tensors if tensor.is_floating_point())

@@ -1,0 +1,82 @@
+"""A copy of a module tree that shares every base tensor with its source and nothing else.
+
+Tried otherwise and seen to break: shared BatchNorm buffers moved the source's outputs; a copied instance `forward`
+that closes over the source ran the source; non-leaf tensor attributes cannot be deep-copied at all.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sarac.ir.errors import RewriteError
+
+
+def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(), inplace: bool = False) -> nn.Module:
+    """A new tree over the same base storages; parameters named in `own` get their own storage and train.
+
+    `frozen` turns gradients off everywhere else; otherwise flags stay, and what trains gets its own storage too.
+    With `inplace` the module itself is returned, with its flags set.
+    """
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    if inplace:
+        for parameter in module.parameters():
+            if frozen:
+                parameter.requires_grad_(bool(names[id(parameter)] & own))
+        return module
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        owned = bool(names[id(parameter)] & own)
+        trains = owned if frozen else parameter.requires_grad
+        memo[id(parameter)] = _parameter(parameter, trains, parameter.detach().clone() if trains else parameter.detach())
+    for owner in module.modules():
+        _require_copyable_forward(owner)
+        memo.update({id(tensor): tensor.detach().clone() for tensor in _loose_tensors(owner)})
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise RewriteError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give inplace=True to change "
+            "the model itself, or take the attribute that cannot be copied off it first."
+        ) from error
+
+
+def _parameter(source: nn.Parameter, trains: bool, data: Tensor) -> nn.Parameter:
+    new = nn.Parameter(data, requires_grad=trains)
+    new.__dict__.update(source.__dict__)
+    return new
+
+
+def _loose_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors with a history kept as plain attributes, alone or in containers."""
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
+
+
+def _require_copyable_forward(module: nn.Module) -> None:
+    """A bound method or a partial is rebound by deepcopy; a closure would go on calling the source."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    if isinstance(forward, types.FunctionType) and _closes_over_model(forward):
+        raise RewriteError(
+            f"The forward of a {type(module).__name__} was replaced on the instance by {forward.__qualname__}, which closes "
+            "over the model: a copy would run the source. Make it a method of a subclass, or give inplace=True."
+        )
+
+
+def _closes_over_model(function: types.FunctionType) -> bool:
+    values = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    for value in values:
+        if isinstance(getattr(value, "__self__", value), nn.Module | Tensor):
+            return True
+        if isinstance(value, types.FunctionType) and _closes_over_model(value):
+            return True
+    return False

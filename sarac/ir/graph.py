@@ -1,0 +1,171 @@
+"""The two values that everything speaks of: a Site (a weight and every linear use of it) and the ModelGraph.
+
+Facts live on the site and are mirrored into `node.meta["sarac"]` of every linear node that reads the weight; decisions
+live in the plan; the live module is carried along. This is the only module that touches `node.meta`.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from sarac.ir.errors import TraceError, near
+from sarac.ir.inputs import Inputs
+from sarac.ir.plan import Plan
+from sarac.ir.spectrum import Spectrum
+from sarac.ir.weight import oriented
+
+META = "sarac"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One linear node of a region's graph that reads a weight: `y = node(x, weight)`."""
+
+    region: str
+    param: str
+    node: str
+    mode: str  # "train", "eval" or "both": which of the region's graphs has the node
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight, shape (out, in), and how it is used. A weight used twice is one site with two uses."""
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    transposed: bool
+    form: str  # "call": its linear nodes are rewritten; "weight": the parameter becomes its effective value
+    reason: str = ""  # why not "call", or why the default `where` leaves it out
+    default: bool = True  # whether the default `where` takes it
+    uses: tuple[Use, ...] = ()
+    spectrum: Spectrum | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """The name with its numbers starred: what equal weights of all layers share."""
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name)
+
+    @property
+    def depth(self) -> int | None:
+        """The first number in the name: the layer, by the convention of nearly every model."""
+        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
+        return int(found[1]) if found else None
+
+    def facts(self, threshold: float) -> dict[str, Any]:
+        """What goes into `node.meta`: the weight, its shape and the threshold rank."""
+        assert self.spectrum is not None
+        return {
+            "site": self.name,
+            "shape": self.shape,
+            "threshold": threshold,
+            "rank": self.spectrum.rank_at(threshold),
+        }
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that owns linear work, traced by fx in train and in eval mode (one graph where both are the same)."""
+
+    path: str
+    train: fx.Graph
+    evaluate: fx.Graph
+    guards: tuple[tuple[str, Any], ...] = ()  # attributes that the graphs were specialised to
+
+    def graphs(self) -> dict[str, fx.Graph]:
+        """The graphs by mode, "both" where they are one."""
+        return {"both": self.train} if self.train is self.evaluate else {"train": self.train, "eval": self.evaluate}
+
+    def copy(self) -> "Region":
+        """The same region with graphs of its own."""
+        train = copy.deepcopy(self.train)
+        return replace(self, train=train, evaluate=train if self.evaluate is self.train else copy.deepcopy(self.evaluate))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the export of the whole model shows: its graph, each site's calls, and the dataflow between them."""
+
+    graph: fx.Graph
+    calls: Mapping[str, int]
+    siblings: tuple[tuple[str, ...], ...]  # sites that read the same input
+    flops: Mapping[str, int]
+    flow: "nx.DiGraph[str]"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What folding did to one site: ‖Δ‖/‖W‖, and the share ‖round(W+Δ)−W−Δ‖/‖Δ‖ of the delta that rounding lost."""
+
+    relative_delta: float
+    surviving_delta: float
+    approximation: float = 0.0  # the measured relative output error where a routed site was folded by its mean gates
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """The traced model: the live module, its regions and sites, its plan. What every pass takes and returns."""
+
+    module: nn.Module
+    sites: Mapping[str, Site]
+    regions: Mapping[str, Region]
+    skipped: Mapping[str, str] = field(default_factory=dict)  # further parameters of two or more dimensions: why not
+    plan: Plan | None = None
+    example_inputs: Inputs | None = None
+    whole: Whole | None = None
+    folded: Mapping[str, Folded] = field(default_factory=dict)
+
+    def site(self, name: str) -> Site:
+        """The site of this weight, by any of its names."""
+        found = next((site for site in self.sites.values() if name in site.names), None)
+        if found is None:
+            raise TraceError(f"The model has no linear site {name!r}. {near(name, self.sites)}")
+        return found
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The site's stored weight as (out, in)."""
+        path, _, param = site.name.rpartition(".")
+        stored = self.module.get_submodule(path)._parameters[param]
+        assert stored is not None
+        tensor: torch.Tensor = oriented(stored.detach(), site.transposed)
+        return tensor
+
+    def nodes(self, site: Site) -> Iterator[fx.Node]:
+        """Every linear node that reads the site's weight, in every graph of its regions."""
+        for use in site.uses:
+            for mode, graph in self.regions[use.region].graphs().items():
+                if use.mode in ("both", mode):
+                    yield from (node for node in graph.nodes if node.name == use.node)
+
+    def with_spectra(self, spectra: Mapping[str, Spectrum], threshold: float) -> "ModelGraph":
+        """The graph with facts: on the sites, and mirrored into `node.meta` of copied region graphs."""
+        sites = {name: replace(site, spectrum=spectra.get(name, site.spectrum)) for name, site in self.sites.items()}
+        graph = replace(self, sites=sites, regions={path: region.copy() for path, region in self.regions.items()})
+        for site in sites.values():
+            if site.spectrum is not None:
+                for node in graph.nodes(site):
+                    node.meta[META] = site.facts(threshold)
+        return graph
+
+
+def fact(node: fx.Node) -> Mapping[str, Any] | None:
+    """The facts that Analyze left on a linear node: site, shape, threshold and rank; None where there are none."""
+    found = node.meta.get(META)
+    return found if isinstance(found, dict) else None
+
+
+def owners(module: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, str]]:
+    """The modules that hold a parameter under these names: (module, attribute, its path), each module once."""
+    found: dict[tuple[int, str], tuple[nn.Module, str, str]] = {}
+    for name in names:
+        path, _, param = name.rpartition(".")
+        owner = module.get_submodule(path)
+        found.setdefault((id(owner), param), (owner, param, path))
+    return list(found.values())

@@ -1,0 +1,115 @@
+"""Singular values and vectors of a weight, and the rank at which their sum reaches a share: the heart of SARA."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sarac.ir.errors import PlanError, SpectrumError
+
+# A share of the sum is compared with this many units of float64 rounding to spare for each value summed: without it an
+# identity matrix of n values would miss its exact share k / n by the rounding of the sum.
+_SLACK = 8.0 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All singular values of one weight, descending, in float64, and the size below which they count as zero."""
+
+    values: Tensor
+    floor: float
+
+    @property
+    def full_rank(self) -> int:
+        """How many values there are: min(out, in)."""
+        return self.values.numel()
+
+    @cached_property
+    def numerical_rank(self) -> int:
+        """How many values count as non-zero."""
+        return int((self.values > self.floor).sum())
+
+    def rank_at(self, threshold: float) -> int:
+        """The smallest k with s1 + … + sk >= threshold · (s1 + … + sn); threshold in (0, 1], k in 1..n."""
+        return self._rank_at(threshold, self._sums)
+
+    def rank_at_energy(self, threshold: float) -> int:
+        """The smallest k with s1² + … + sk² >= threshold · (s1² + … + sn²); threshold in (0, 1], k in 1..n."""
+        return self._rank_at(threshold, self._squares)
+
+    def shares(self) -> Tensor:
+        """The share of the sum that the first k values reach, for k = 1..n, shape (n,); ones for a zero weight."""
+        return self._sums / self._sums[-1] if self._sums[-1] > 0 else torch.ones_like(self._sums)
+
+    @cached_property
+    def _nonzero(self) -> Tensor:
+        return torch.where(self.values > self.floor, self.values, 0.0)
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        return self._nonzero.cumsum(0)
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        return self._nonzero.square().cumsum(0)
+
+    def _rank_at(self, threshold: float, sums: Tensor) -> int:
+        require_share(threshold)
+        if threshold == 1.0:  # asks for every value that is not zero, also for one smaller than the slack
+            return max(1, self.numerical_rank)
+        goal = float(sums[-1]) * (threshold - _SLACK * self.full_rank)
+        return min(int((sums < goal).sum()) + 1, max(1, self.numerical_rank))
+
+
+def require_share(threshold: float) -> None:
+    """Raise PlanError unless the threshold lies in (0, 1]."""
+    if not (math.isfinite(threshold) and 0.0 < threshold <= 1.0):
+        raise PlanError(f"A threshold is a share in (0, 1]; {threshold!r} is not. Give for example threshold:0.6.")
+
+
+def spectrum(weight: Tensor, name: str = "the weight") -> Spectrum:
+    """The singular values of `weight`, shape (out, in), by a float64 SVD; `name` is for the message of an error.
+
+    Values up to max(out, in) · eps(stored dtype) · s1 count as zero, the rule of numpy.linalg.matrix_rank.
+    """
+    _require_usable(weight, name)
+    values = torch.linalg.svdvals(weight.detach().double()).cpu()
+    return Spectrum(values, _floor(weight, values))
+
+
+def factors(weight: Tensor, rank: int, name: str = "the weight") -> tuple[Tensor, Tensor, Tensor, float]:
+    """The leading U (out, rank), s (rank,), V (rank, in) with W ≈ U diag(s) V in float64, and the zero floor.
+
+    The signs are fixed by making each row of V positive at its largest entry, so that two runs agree.
+    """
+    _require_usable(weight, name)
+    u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    floor = _floor(weight, s)
+    u, s, v = u[:, :rank], s[:rank], v[:rank]
+    signs = torch.gather(v, 1, v.abs().argmax(1, keepdim=True)).sign()
+    return u * signs.T, s, v * signs, floor
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best B (out, rank) and A (rank, in) with B A ≈ matrix, float64, and the relative error of that product."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    lost, whole = float(s[rank:].norm()), float(s.norm())
+    return u[:, :rank] * s[:rank], v[:rank], lost / whole if whole else 0.0
+
+
+def _floor(weight: Tensor, values: Tensor) -> float:
+    # An integer or 8-bit float weight has no eps that torch knows in this sense: its rounding is not relative.
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    return max(weight.shape) * torch.finfo(dtype).eps * float(values[0])
+
+
+def _require_usable(weight: Tensor, name: str) -> None:
+    if weight.is_meta:
+        raise SpectrumError(f"{name} lies on the meta device and has no values: load the model's weights first.")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise SpectrumError(f"{name} has shape {tuple(weight.shape)}; a spectrum needs two dimensions and some values.")
+    if not bool(torch.isfinite(weight).all()):
+        kind = "NaN" if bool(torch.isnan(weight).any()) else "Inf"
+        raise SpectrumError(f"{name} contains {kind}: it has no singular values. Mend the checkpoint, or leave it out.")
