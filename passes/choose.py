@@ -32,7 +32,7 @@ class Choose:
 
     def __call__(self, graph: ModelGraph) -> ModelGraph:
         """The graph with its plan; what does not fit is a PlanError that says what and where."""
-        given = _given_plan(self.plan)
+        given = given_plan(self.plan)
         if given is not None:
             if self.where is not None:
                 raise PlanError("A finished plan names its sites itself: leave `where` out, or edit the plan.")
@@ -44,9 +44,14 @@ class Choose:
             _require_possible(graph.sites[name], adapter)
         return replace(graph, plan=chosen)
 
+    def require_sound(self) -> Rule:
+        """The rule; what is wrong with it or its options is told here, before any spectrum is computed."""
+        rule = Rule.parse(str(self.plan))
+        build(self.method, 1, rule.options)
+        return rule
+
     def _by_rule(self, graph: ModelGraph, text: str) -> Plan:
-        rule = Rule.parse(text)
-        build(self.method, 1, rule.options)  # a wrong option is told before any spectrum is computed
+        rule = self.require_sound()
         sites = chosen_sites(graph, self.where)
         spectra = {name: site.spectrum or spectrum(graph.weight(site), name) for name, site in sites.items()}
         spectra = self._usable(spectra)
@@ -111,7 +116,8 @@ def matching(globs: Sequence[str], names: Iterable[str], option: str) -> list[st
     return [name for name in known if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
 
 
-def _given_plan(plan: str | Path | Plan) -> Plan | None:
+def given_plan(plan: str | Path | Plan) -> Plan | None:
+    """The finished plan that was given or named by its path; None where it is a rule."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Path) or str(plan).endswith(".json"):

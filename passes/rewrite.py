@@ -3,11 +3,11 @@
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.clone import clone
@@ -26,11 +26,13 @@ _SOME_SHAPE = (1, 1)  # which tensors an adapter has does not depend on the weig
 class Rewrite:
     """Rewrite every site of the plan; the outputs stay the same to the last bit, and only the adapters train.
 
-    `seed` is for what starts at random; `inplace` changes the given module instead of a copy.
+    `seed` is for what starts at random; `inplace` changes the given module instead of a copy; `given` has tensors by site
+    and role, read from a file, that need no decomposition (the outputs then are those of the saved adapters).
     """
 
     seed: int = 0
     inplace: bool = False
+    given: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     exact: ClassVar[bool] = True
 
     def __call__(self, graph: ModelGraph) -> ModelGraph:
@@ -50,8 +52,14 @@ class Rewrite:
     def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter) -> dict[str, nn.Parameter]:
         # A seed of its own for each site: what one starts at does not depend on which others are adapted.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
-        made = adapter.init(graph.weight(site), generator, site.name)
-        return {role: nn.Parameter(tensor, requires_grad=role in adapter.trainable) for role, tensor in made.items()}
+        weight, made = graph.weight(site), dict(self.given.get(site.name, {}))
+        if set(made) != set(adapter.shapes(*site.shape)):
+            made = {**adapter.init(weight, generator, site.name), **made}
+        parameters = {}
+        for role, tensor in made.items():
+            parameters[role] = nn.Parameter(tensor.to(weight.device), requires_grad=role in adapter.trainable)
+            parameters[role].__dict__["_sara_lr"] = adapter.lr
+        return parameters
 
     def _install(self, graph: ModelGraph, module: nn.Module, tensors: Mapping[str, Tensors]) -> dict[str, Region]:
         """Give every owner of an adapted weight its slots, and its forward where all graphs of it could be rewritten."""

@@ -4,16 +4,18 @@ The capture only tells; nothing runs from it (it freezes the mode and the class)
 layer is still one node.
 """
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
-from sarac.ir.errors import InputError
-from sarac.ir.graph import ModelGraph, Whole
+from sarac.ir.check import leaves
+from sarac.ir.errors import SaracWarning
+from sarac.ir.graph import ModelGraph, Whole, output_size
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 
@@ -34,18 +36,36 @@ _PASSES_ON = {
 }
 
 
-def capture(graph: ModelGraph, inputs: Inputs) -> Whole:
-    """The dataflow of `graph.module` on `inputs`, in eval mode: calls, FLOPs and siblings by site name."""
+class _Tensors(nn.Module):
+    """Gives a model's output tensors alone: a cache among the outputs is of no type that torch.export knows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return [tensor for _, tensor in leaves(self.model(*args, **kwargs))]
+
+
+def capture(graph: ModelGraph, inputs: Inputs) -> Whole | None:
+    """The dataflow of `graph.module` on `inputs`, in eval mode: calls, FLOPs and siblings by site name.
+
+    None, with a warning, where torch.export cannot capture the model: the sites do not depend on it.
+    """
     with torch.no_grad(), evaluating(graph.module):
         inputs.call(graph.module)  # a model that rejects its inputs says so more clearly than a failed export
         try:
-            program = torch.export.export(graph.module, inputs.args, dict(inputs.kwargs), strict=False)
-        except Exception as error:
-            raise InputError(
-                f"torch.export cannot capture {type(graph.module).__name__} on these inputs ({inputs.describe()}): "
-                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} Leave example_inputs out to go without."
-            ) from error
-    names = {name: site.name for site in graph.sites.values() for name in site.names}
+            program = torch.export.export(_Tensors(graph.module), inputs.args, dict(inputs.kwargs), strict=False)
+        except Exception as error:  # noqa: BLE001  torch.export raises many kinds
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            warnings.warn(
+                f"torch.export cannot capture {type(graph.module).__name__} on {inputs.describe()} ({reason}): going on "
+                "without its dataflow, from the modules alone.",
+                SaracWarning,
+                stacklevel=4,
+            )
+            return None
+    names = {f"model.{name}": site.name for site in graph.sites.values() for name in site.names}
     weights = {
         spec.arg.name: names[spec.target]
         for spec in program.graph_signature.input_specs
@@ -58,7 +78,7 @@ def capture(graph: ModelGraph, inputs: Inputs) -> Whole:
             readers[x].append(site)
     flops: Counter[str] = Counter()
     for node, site, _ in calls:
-        flops[site] += 2 * _size(node) * graph.sites[site].shape[1]
+        flops[site] += 2 * output_size(node) * graph.sites[site].shape[1]
     siblings = tuple(tuple(group) for group in readers.values() if len(group) > 1)
     flow = _flow({node: site for node, site, _ in calls}, program.graph)
     return Whole(program.graph, Counter(site for _, site, _ in calls), siblings, flops, flow)
@@ -102,8 +122,3 @@ def _flow(calls: Mapping[fx.Node, str], graph: fx.Graph) -> Any:
 
 def _operator(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", "")) if node.op == "call_function" else ""
-
-
-def _size(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return int(value.numel()) if isinstance(value, torch.Tensor) else 0

@@ -22,6 +22,7 @@ Tensors = Mapping[str, Any]
 TRAINS = ("singular_values", "factors")
 INITS = ("svd", "random")
 ROUTERS = ("soft", "topk", "hard", "uniform")
+PARAMETRISATION = "relative"  # files say that the shift is δ = λ / s, not λ
 LR_SHIFT = 2e-2
 LR_FACTORS = 1e-3
 
@@ -196,8 +197,8 @@ class MoSara:
     def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
         """y + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
         h = project(x, tensors["v"])
-        values = tensors["shift"] * tensors["scale"]
-        mixed = h * values.mean(0) if self.foldable else mix(h, self.gates(h, tensors), values)
+        shift, scale = tensors["shift"], tensors["scale"]
+        mixed = h * (shift.mean(0) * scale) if self.foldable else mix(h, self.gates(h, tensors), shift, scale)
         return add(y, mixed, tensors["u"])
 
     def delta(self, tensors: Tensors) -> Tensor:

@@ -8,6 +8,10 @@ class SaracError(Exception):
     """The parent of every error that sarac raises on purpose."""
 
 
+class SaracWarning(UserWarning):
+    """What sarac found odd and went on with."""
+
+
 class TraceError(SaracError):
     """A model, or a part of one that was named, cannot be traced."""
 

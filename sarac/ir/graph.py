@@ -161,6 +161,12 @@ def fact(node: fx.Node) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def output_size(node: fx.Node) -> int:
+    """How many numbers a captured node gives."""
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
 def owners(module: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, str]]:
     """The modules that hold a parameter under these names: (module, attribute, its path), each module once."""
     found: dict[tuple[int, str], tuple[nn.Module, str, str]] = {}

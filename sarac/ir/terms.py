@@ -5,8 +5,8 @@ taken in float32, since inf · 0 would make NaN of a good model), and routers ne
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,10 +51,25 @@ def score(h: Tensor, router: Tensor) -> Tensor:
 
 
 @leaf
-def mix(h: Tensor, gates: Tensor, values: Tensor) -> Tensor:
-    """h ⊙ Σ_i g_i λ_i, shape (…, k), from h (…, k), gates (…, sets) and values (sets, k)."""
+def mix(h: Tensor, gates: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """h ⊙ Σ_i g_i δ_i ⊙ s, shape (…, k), from h (…, k), gates (…, sets), δ (sets, k) and s (k,)."""
+    for observer in _observers:
+        observer(shift, gates)
     with _without_autocast(h):
-        return h * (gates.to(values.dtype) @ values)
+        return h * ((gates.to(shift.dtype) @ shift) * scale)
+
+
+@contextmanager
+def observing(observer: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `observer(shift, gates)` at every routed call for a while; the shift parameter tells which site it is."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+_observers: list[Callable[[Tensor, Tensor], None]] = []
 
 
 def _running_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,55 @@
+"""sarac: model surgery for PyTorch. Threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
+
+from sarac import backends as backends
+from sarac.ir.adapters import MoSara, Sara
+from sarac.ir.errors import (
+    CheckFailed,
+    CheckpointError,
+    ExportError,
+    InputError,
+    NotFoldable,
+    PlanError,
+    RewriteError,
+    SaracError,
+    SaracWarning,
+    SpectrumError,
+    TraceError,
+    WeightError,
+)
+from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.pipeline import run
+from sarac.ir.plan import Plan
+from sarac.storage import load, load_adapter, save, save_adapter
+from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
+from sarac.trace import trace
+
+__all__ = [
+    "CheckFailed",
+    "CheckpointError",
+    "ExportError",
+    "InputError",
+    "MoSara",
+    "ModelGraph",
+    "NotFoldable",
+    "Plan",
+    "PlanError",
+    "RewriteError",
+    "Sara",
+    "SaracError",
+    "SaracWarning",
+    "Site",
+    "SpectrumError",
+    "TraceError",
+    "WeightError",
+    "analyze",
+    "disabled",
+    "fold",
+    "load",
+    "load_adapter",
+    "recommended_lr",
+    "run",
+    "save",
+    "save_adapter",
+    "trace",
+    "transform",
+]

@@ -1,0 +1,166 @@
+"""What people look at: the analysis as a table, JSON and a plot."""
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sarac.ir.adapters import Sara, trainable_count
+from sarac.ir.errors import CheckpointError
+from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.spectrum import Spectrum
+
+_SHOWN = (0.3, 0.6, 0.9)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Every linear weight of a model with its spectrum and ranks; `graph` has it all, in `node.meta` too."""
+
+    graph: ModelGraph
+    threshold: float
+    names: frozenset[str]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The measured sites, in the model's order."""
+        return [site for name, site in self.graph.sites.items() if name in self.names]
+
+    def spectrum(self, name: str) -> Spectrum:
+        """The spectrum of this weight, by any of its names."""
+        found = self.graph.site(name).spectrum
+        assert found is not None
+        return found
+
+    def ranks(self, threshold: float | None = None) -> dict[str, int]:
+        """The rank of every measured weight at a threshold (default: the analysis's own)."""
+        share = self.threshold if threshold is None else threshold
+        return {site.name: self.spectrum(site.name).rank_at(share) for site in self.sites}
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers SARA's singular values would train at the threshold."""
+        return sum(trainable_count(Sara(rank), self.graph.sites[name].shape) for name, rank in self.ranks().items())
+
+    def to_json(self) -> str:
+        """The analysis as JSON text: threshold, totals, one entry a site, and what was left out with the reason."""
+        sites = [
+            {**_row(site, self.spectrum(site.name)), "rank": rank}
+            for site, rank in zip(self.sites, self.ranks().values(), strict=True)
+        ]
+        unmeasured = {name: site.reason for name, site in self.graph.sites.items() if name not in self.names}
+        skipped = {**unmeasured, **self.graph.skipped}
+        head = {"threshold": self.threshold, "trainable": self.trainable, "parameters": _parameters(self.graph)}
+        return json.dumps({**head, "sites": sites, "skipped": skipped}, indent=1)
+
+    def table(self, by_site: bool = False) -> Table:
+        """A rich table by kind of layer, or with `by_site` one row a weight."""
+        share = f"k at {self.threshold:g}"
+        table = Table(title=f"{type(self.graph.module).__name__}: {len(self.sites)} linear sites", title_justify="left")
+        for heading, right in [("weight", False), ("sites", True), ("(out, in)", True), ("form", False), (share, True)]:
+            table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
+        for heading in ("k / n", "trainable", "parameters"):
+            table.add_column(heading, justify="right")
+        groups: dict[str, list[Site]] = defaultdict(list)
+        for site in self.sites:
+            groups[site.name if by_site else f"{site.kind} {site.shape}"].append(site)
+        ranks = self.ranks()
+        for members in groups.values():
+            table.add_row(*self._cells(members, ranks, by_site))
+        table.add_section()
+        dense = sum(_size(site) for site in self.sites)
+        table.add_row("all", str(len(self.sites)), "", "", "", "", f"{self.trainable:,}", f"{dense:,}")
+        return table
+
+    def _cells(self, members: list[Site], ranks: dict[str, int], by_site: bool) -> list[str]:
+        ks, first = [ranks[site.name] for site in members], members[0]
+        full = min(first.shape)
+        span = f"{min(ks)}" if min(ks) == max(ks) else f"{min(ks)}–{max(ks)}"
+        return [
+            first.name if by_site else first.kind,
+            str(len(members)),
+            f"{first.shape[0]} x {first.shape[1]}",
+            first.form,
+            span,
+            f"{sum(ks) / len(ks) / full:.2f}",
+            f"{sum(ks):,}",
+            f"{sum(_size(site) for site in members):,}",
+        ]
+
+    def plot(self, path: str | Path) -> None:
+        """Draw k against depth, a line for each kind of layer, to an image file (PNG, SVG, PDF by the name's ending)."""
+        from matplotlib.figure import Figure  # half a second to import, and only a plot needs it
+
+        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+        axes = figure.add_subplot()
+        ranks = self.ranks()
+        lines: dict[str, list[Site]] = defaultdict(list)
+        for site in self.sites:
+            lines[site.kind].append(site)
+        for index, (kind, members) in enumerate(lines.items()):
+            depths = [site.depth or 0 for site in members]
+            shares = [ranks[site.name] / min(site.shape) for site in members]
+            label = f"{_short(kind)}  n = {min(members[0].shape)}"
+            axes.plot(depths, shares, marker="osD^v<>Px*"[index % 10], markersize=4, linewidth=1.2, label=label)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(f"k / n at threshold {self.threshold:g}")
+        axes.set_title(f"Threshold rank by depth: {type(self.graph.module).__name__}", loc="left")
+        axes.set_ylim(bottom=0.0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(lines) <= 20:
+            axes.legend(fontsize=8, frameon=False, ncols=2)
+        try:
+            figure.savefig(path, dpi=140)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"The plot cannot be written to {path}: {error}. Name a .png in a folder that exists."
+            ) from error
+
+    def __str__(self) -> str:
+        """The table as text."""
+        return as_text(self.table())
+
+
+def as_text(table: Table, width: int = 130) -> str:
+    """A rich table as plain text."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    text: Callable[[], str] = console.file.getvalue  # type: ignore[attr-defined]  # a StringIO
+    return text().rstrip()
+
+
+def _row(site: Site, spectrum: Spectrum) -> dict[str, Any]:
+    ranks = {f"{share:g}": spectrum.rank_at(share) for share in _SHOWN}
+    return {
+        "site": site.name,
+        "shape": list(site.shape),
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "form": site.form,
+        "reason": site.reason,
+        "uses": len(site.uses),
+        "ranks": ranks,
+        "full_rank": spectrum.full_rank,
+        "numerical_rank": spectrum.numerical_rank,
+        "largest": float(spectrum.values[0]),
+        "sum": float(spectrum.values.sum()),
+    }
+
+
+def _size(site: Site) -> int:
+    return site.shape[0] * site.shape[1]
+
+
+def _parameters(graph: ModelGraph) -> int:
+    return sum(parameter.numel() for parameter in graph.module.parameters())
+
+
+def _short(kind: str) -> str:
+    parts = [part for part in kind.removesuffix(".weight").split(".") if part != "*"]
+    return ".".join(parts[-2:])

@@ -1,0 +1,190 @@
+"""Saving and loading: whole adapted models (`model.pt`), adapters alone (safetensors), folders of save_pretrained."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sarac.checkpoint import (
+    Adapters,
+    Saved,
+    SavedAdapter,
+    adapted_weights,
+    base_hashes,
+    base_state,
+    fill,
+    read_adapter,
+    read_model,
+    read_pickle,
+    tensors_of,
+    write_adapter,
+    write_model,
+)
+from sarac.ir.errors import CheckpointError, RewriteError, SaracWarning
+from sarac.ir.graph import ModelGraph
+from sarac.ir.inputs import Inputs, InputSpec
+from sarac.ir.layers import adapted
+from sarac.ir.pipeline import run
+from sarac.ir.plan import Plan
+from sarac.ir.record import FOLDER_FILE, Record, attach, record_of
+from sarac.passes.choose import Choose
+from sarac.passes.rewrite import Rewrite
+from sarac.recipe import open_model, rebuild, recipe_of
+from sarac.trace import trace
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
+    """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact."""
+    record = record_of(model) or Record(Plan({}))
+    inputs = record.inputs
+    if isinstance(example_inputs, InputSpec):
+        inputs = example_inputs.to_json()
+    elif example_inputs is not None:
+        inputs = InputSpec.of(Inputs.of(example_inputs)).to_json()
+    weights = adapted_weights(model)
+    plan = replace(record.plan, base=base_hashes(weights)["float32"] if weights else "")
+    flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    write_model(path, Saved(recipe_of(model), plan, inputs, flags, base_state(model), tensors_of(model)))
+
+
+def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle: bool = False) -> nn.Module:
+    """The model of a model.pt, or of a folder that an adapted model's save_pretrained wrote, in eval mode.
+
+    `model`: the module whose weights the file holds, where it was built in memory (it is filled, not copied); or the
+    name of the factory, `package.module:function`, where opening the file would run one. `trust_pickle` opens a pickled module.
+    """
+    if Path(path).is_dir():
+        return _load_folder(Path(path))
+    if trust_pickle:
+        return read_pickle(path)
+    saved = read_model(path)
+    plain = rebuild(saved.recipe, model)
+    fill(plain, saved.base, str(path))
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(saved.flags.get(name, parameter.requires_grad))
+    if not saved.plan.sites:
+        return plain.eval()
+    return _with_adapters(plain, saved.plan, saved.adapters, inputs=saved.inputs).eval()
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -> None:
+    """Write the adapters alone: what trains, and the hashes of the base they belong to.
+
+    With `factors` U and V are stored as well, so that the adapter also fits its base cast to another precision.
+    """
+    record = record_of(model)
+    if record is None:
+        raise RewriteError(f"{type(model).__name__} carries no adapters: there is none to save. Transform it first.")
+    hashes = base_hashes(adapted_weights(model))
+    adapters: Adapters = {}
+    for site, roles in tensors_of(model).items():
+        trains = record.plan.sites[site].trainable
+        adapters[site] = {role: t for role, t in roles.items() if factors or role in trains or role not in ("u", "v")}
+    parameters = dict(model.named_parameters())
+    further = {name: parameters[name].detach() for name in record.plan.also_train}
+    write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
+
+
+def load_adapter(model: Model, path: str | Path, *, force: bool = False) -> Model:
+    """A copy of `model` with the adapters of a file; the model must be the base that they were trained on.
+
+    A base that was only cast to another precision needs stored factors. `force` goes ahead on any other base of the same shapes.
+    """
+    saved = read_adapter(path)
+    graph = trace(model)
+    if any(True for _ in adapted(model)):
+        raise RewriteError("The model already carries adapters: load onto the base model, or onto sarac.fold(model).")
+    saved.plan.require_fits({site.name: site.shape for site in graph.sites.values()})
+    weights = {name: graph.weight(graph.sites[name]) for name in saved.plan.sites}
+    _require_base(str(path), saved, weights, force)
+    result = _with_adapters(model, saved.plan, saved.adapters, graph=graph)
+    parameters = dict(result.named_parameters())
+    with torch.no_grad():
+        for name, tensor in saved.also_trained.items():
+            parameters[name].copy_(tensor)
+    return result
+
+
+def _require_base(path: str, saved: SavedAdapter, weights: Mapping[str, Tensor], force: bool) -> None:
+    """Refuse another base, and a cast one where factors would have to be recomputed from it."""
+    found = base_hashes(weights)
+    if found["float32"] == saved.hashes["float32"]:
+        return
+    complete = all({"u", "v"} <= set(saved.adapters.get(site, {})) for site in weights)
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
+    cast = next((name for name in dtypes if name != "float32" and found.get(name) == saved.hashes.get(name)), None)
+    if cast is not None and complete:
+        return
+    if force:
+        warnings.warn(f"{path} is loaded by force onto another base than it was trained on.", SaracWarning, stacklevel=3)
+        return
+    if cast is not None:
+        raise CheckpointError(
+            f"{path} was trained on this base before it was cast to {cast}: factors recomputed from the rounded weights would "
+            "be wrong by percents. Save it with factors=True, or load it onto the uncast base and cast the folded model."
+        )
+    raise CheckpointError(
+        f"{path} was trained on another base: the adapted weights' hash is {saved.hashes['float32'][:12]}… there and "
+        f"{found['float32'][:12]}… here. Load it onto its own base, or give force=True (--force) to go ahead."
+    )
+
+
+def _with_adapters(model: Model, plan: Plan, adapters: Adapters, *, inputs: str = "", graph: ModelGraph | None = None) -> Model:
+    """A copy of `model` with these adapters; their tensors keep the dtypes of the file, factors take the weight's."""
+    graph = graph or trace(model)
+    graph = run(graph, Choose(plan), check=False)
+    given = {
+        site: {role: t.to(graph.sites[site].dtype) if role in ("u", "v") else t for role, t in roles.items()}
+        for site, roles in adapters.items()
+    }
+    result = run(graph, Rewrite(given=given), check=False).module
+    record = record_of(result)
+    assert record is not None
+    attach(result, replace(record, inputs=inputs))
+    return result  # type: ignore[return-value]  # the same class as `model`
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    """The adapted model in a folder of save_pretrained."""
+    config = folder / "config.json"
+    if not (folder / FOLDER_FILE).is_file() or not config.is_file():
+        return open_model(str(folder))
+    plan = Plan.load(folder / FOLDER_FILE)
+    entries = json.loads(config.read_text(encoding="utf-8"))
+    entries.pop("transformers_weights", None)
+    name = (entries.get("architectures") or [""])[0]
+    plain = rebuild({"kind": "transformers", "class": name, "config": entries, "source": str(folder)})
+    state: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        state |= load_file(shard)
+    return _fill_folder(plain, plan, state, folder)
+
+
+def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder: Path) -> nn.Module:
+    result = _blank(plain, plan)
+    expected = result.state_dict()
+    twins = {tensor.data_ptr(): name for name, tensor in expected.items() if name in state}
+    for name, tensor in expected.items():
+        if name not in state and tensor.data_ptr() in twins:  # save_pretrained drops the second name of a tied weight
+            state[name] = state[twins[tensor.data_ptr()]]
+    fill(result, state, str(folder))
+    return result.eval()
+
+
+def _blank(plain: nn.Module, plan: Plan) -> nn.Module:
+    """The adapted form of `plain` with tensors of the right shapes: the file's will take their place."""
+    graph = run(trace(plain), Choose(plan), check=False)
+    given = {}
+    for name, adapter in plan.sites.items():
+        site = graph.sites[name]
+        shapes = adapter.shapes(*site.shape)
+        given[name] = {role: torch.zeros(shape) for role, shape in shapes.items()}
+    return run(graph, Rewrite(given=given), check=False).module

@@ -1,0 +1,211 @@
+"""The pipelines that people call on a model: analyze, transform, fold; and what goes with an adapted model."""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from sarac.ir import check
+from sarac.ir.errors import InputError, RewriteError, SaracWarning
+from sarac.ir.graph import Folded, ModelGraph
+from sarac.ir.inputs import Inputs, InputSpec
+from sarac.ir.layers import adapted, evaluating
+from sarac.ir.pipeline import run
+from sarac.ir.plan import Plan
+from sarac.ir.record import attach, record_of
+from sarac.ir.terms import observing
+from sarac.passes.analyze import Analyze
+from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
+from sarac.passes.fold import Fold
+from sarac.passes.rewrite import Rewrite
+from sarac.report import Analysis
+from sarac.trace import trace
+
+Model = TypeVar("Model", bound=nn.Module)
+# A rate this many times below the recommended one hardly moves a relative shift in a usual run.
+_TOO_LOW = 10.0
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What folding did: by site, and, where routed sites were folded by their mean gates, the model's relative error."""
+
+    sites: Mapping[str, Folded] = field(default_factory=dict)
+    approximation: float = 0.0
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The site whose delta lost the largest share to rounding, and that share."""
+        name = max(self.sites, key=lambda site: self.sites[site].surviving_delta)
+        return name, self.sites[name].surviving_delta
+
+
+def analyze(
+    model: nn.Module,
+    *,
+    threshold: float = 0.6,
+    where: Where = None,
+    example_inputs: Any = None,
+    progress: Any = None,
+) -> Analysis:
+    """Measure every linear weight of `model` that `where` takes; the model is not changed.
+
+    With example inputs the whole model's dataflow is captured as well. `progress(name)` is called before each weight.
+    """
+    graph = trace(model, example_inputs)
+    names = frozenset(chosen_sites(graph, where))
+    return Analysis(run(graph, Analyze(threshold, names, progress), check=False), threshold, names)
+
+
+def transform(
+    model: Model,
+    plan: str | Path | Plan = "threshold:0.6",
+    *,
+    method: str = "sara",
+    where: Where = None,
+    also_train: str | Sequence[str] | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    seed: int = 0,
+) -> Model:
+    """A model of the same class with adapters on the linear weights that `where` takes; only the adapters train.
+
+    It computes the same as `model` to the last bit until it is trained, and shares all base tensors with it.
+    `plan`: a rule (`threshold:0.6,min=4`), a Plan, or a plan's JSON path. `also_train`: globs of parameters to train whole.
+    """
+    graph = trace(model, example_inputs)
+    choose = Choose(plan, method, where, also_train)
+    measure = []
+    if given_plan(plan) is None:
+        choose.require_sound()
+        measure = [Analyze(names=frozenset(chosen_sites(graph, where)))]
+    graph = run(graph, *measure, choose, Rewrite(seed, inplace))
+    if graph.example_inputs is not None:
+        record = record_of(graph.module)
+        assert record is not None
+        attach(graph.module, replace(record, inputs=InputSpec.of(graph.example_inputs).to_json()))
+    _watch_learning_rates()
+    return graph.module  # type: ignore[return-value]  # the same class as `model`, by construction
+
+
+@overload
+def fold(adapted: Model, *, routing: str | None = ..., calibration: Any = ..., report: Literal[False] = ...) -> Model: ...
+
+
+@overload
+def fold(
+    adapted: Model, *, routing: str | None = ..., calibration: Any = ..., report: Literal[True]
+) -> tuple[Model, FoldReport]: ...
+
+
+def fold(
+    adapted: Model, *, routing: str | None = None, calibration: Any = None, report: bool = False
+) -> Model | tuple[Model, FoldReport]:
+    """A plain model with the adapters folded into its weights: the original classes and names, untouched tensors shared.
+
+    A routed Mo-SARA model has no single weight: `routing="mean"` fixes its gates at their mean over `calibration`
+    (an iterable of example inputs) and measures the error. With `report=True` the FoldReport comes as well.
+    """
+    if routing not in (None, "mean"):
+        raise RewriteError(f'routing={routing!r} is unknown: it is "mean", or left out.')
+    batches = [Inputs.of(batch) for batch in calibration] if calibration is not None else []
+    if routing is not None and not batches:
+        raise InputError('routing="mean" needs calibration inputs: give calibration=[inputs, …], each as the model takes them.')
+    graph = ModelGraph(adapted, trace(adapted).sites, {})
+    if routing is None:
+        graph = run(graph, Fold())
+        outcome = FoldReport(graph.folded)
+    else:
+        graph = run(graph, Fold(gates=mean_gates(adapted, batches)), check=False)
+        outcome = FoldReport(graph.folded, _model_error(graph.module, adapted, batches))
+        _warn(
+            f'fold(routing="mean") is an approximation: relative output error {outcome.approximation:.3g} on the calibration inputs.'
+        )
+    return (graph.module, outcome) if report else graph.module  # type: ignore[return-value]
+
+
+def mean_gates(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
+    """The mean gates (sets,) of every routed site over these inputs, in eval mode."""
+    sites = {}
+    for _, module, state in adapted(model):
+        for slot in state.slots.values():
+            if not slot.adapter.foldable:
+                sites[id(slot.tensors(module)["shift"])] = slot.site
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def note(shift: Tensor, gates: Tensor) -> None:
+        rows = gates.detach().double().reshape(-1, gates.shape[-1])
+        name = sites[id(shift)]
+        sums[name] = sums.get(name, torch.zeros(gates.shape[-1], dtype=torch.float64)) + rows.sum(0).cpu()
+        counts[name] = counts.get(name, 0) + rows.shape[0]
+
+    with torch.no_grad(), evaluating(model), observing(note):
+        for batch in batches:
+            batch.call(model)
+    missing = sorted(set(sites.values()) - set(sums))
+    if missing:
+        raise InputError(f"The calibration inputs never reach {missing[0]} ({len(missing)} sites): give inputs that do.")
+    return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for a while: every adapter of `model` is switched off, and back to what it was at the end."""
+    states = [state for _, _, state in adapted(model)]
+    before = [state.enabled for state in states]
+    try:
+        for state in states:
+            state.enabled = False
+        yield
+    finally:
+        for state, enabled in zip(states, before, strict=True):
+            state.enabled = enabled
+
+
+def recommended_lr(model: nn.Module) -> float:
+    """The learning rate to give Adam for this adapted model's parameters; the lowest where methods are mixed."""
+    rates = [slot.adapter.lr for _, _, state in adapted(model) for slot in state.slots.values()]
+    if not rates:
+        raise RewriteError(f"{type(model).__name__} carries no adapters: transform it first (sarac.transform).")
+    return min(rates)
+
+
+def _model_error(merged: nn.Module, model: nn.Module, batches: Sequence[Inputs]) -> float:
+    with torch.no_grad(), evaluating(merged), evaluating(model):
+        return max(check.difference(batch.call(merged), batch.call(model)).error for batch in batches)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, SaracWarning, stacklevel=3)
+
+
+_watching: list[Any] = []
+_seen: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+
+
+def _watch_learning_rates() -> None:
+    """Warn once an optimiser about a rate far below the recommended one: the shifts would not move and nobody would tell."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_check_rates))
+
+
+def _check_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    for group in optimizer.param_groups:
+        wanted = min((p._sara_lr for p in group["params"] if hasattr(p, "_sara_lr")), default=0.0)
+        peak = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))  # a warm-up begins near zero
+        if peak * _TOO_LOW <= wanted:
+            _warn(
+                f"The learning rate {peak:g} is {wanted / peak if peak else float('inf'):.0f} times below the recommended "
+                f"{wanted:g}: relative shifts hardly move at it. Give the optimiser sarac.recommended_lr(model)."
+            )
