@@ -21,12 +21,13 @@ from sarac.ir.weight import Slot, oriented
 class Fold:
     """Write every adapter into its weight: computed in `precision` from the stored base, rounded once.
 
-    `gates`: for routed sites, fixed gates of shape (sets,) by site name, which fold them approximately; without them a routed
-    site raises NotFoldable.
+    `partial` folds what folds and leaves routed modules as they are. `gates` are fixed gates of shape (sets,) by site
+    name, which fold routed sites approximately. Without either a routed site raises NotFoldable.
     """
 
     precision: torch.dtype = torch.float32
     gates: Mapping[str, Tensor] | None = None
+    partial: bool = False
     inplace: bool = False
     exact: ClassVar[bool] = False
 
@@ -37,19 +38,24 @@ class Fold:
             raise RewriteError(
                 f"{type(graph.module).__name__} carries no adapters: there is nothing to fold. Transform it first."
             )
-        _require_foldable([slot for _, _, state in states for slot in state.slots.values()], self.gates or {})
+        if not self.partial:
+            _require_foldable([slot for _, _, state in states for slot in state.slots.values()], self.gates or {})
         record = record_of(graph.module)
         module = clone(graph.module, frozen=False, inplace=self.inplace)
         folded: dict[str, Folded] = {}
         merged: dict[str, nn.Parameter] = {}
         for _, owner, state in list(adapted(module)):
             slots = list(state.slots.values())
+            if self.partial and not all(slot.adapter.foldable for slot in slots):
+                continue
             for slot in slots:
                 if slot.site not in merged:
                     merged[slot.site], folded[slot.site] = self._merge(owner, slot)
             uninstall(owner)
             for slot in slots:
                 owner._parameters[slot.param] = merged[slot.site]
+        if any(True for _ in adapted(module)):
+            return replace(graph, module=module, folded=folded)
         detach(module)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(record.trained_before.get(name, True) if record else True)

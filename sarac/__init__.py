@@ -1,6 +1,7 @@
 """sarac: model surgery for PyTorch. Threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
 
 from sarac import backends as backends
+from sarac.emit import ExportReport, export, verify
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import (
     CheckFailed,
@@ -19,6 +20,7 @@ from sarac.ir.errors import (
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
+from sarac.ir.record import __version__ as __version__
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
 from sarac.trace import trace
@@ -27,6 +29,7 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "ExportError",
+    "ExportReport",
     "InputError",
     "MoSara",
     "ModelGraph",
@@ -41,8 +44,10 @@ __all__ = [
     "SpectrumError",
     "TraceError",
     "WeightError",
+    "__version__",
     "analyze",
     "disabled",
+    "export",
     "fold",
     "load",
     "load_adapter",
@@ -52,4 +57,5 @@ __all__ = [
     "save_adapter",
     "trace",
     "transform",
+    "verify",
 ]

@@ -125,9 +125,8 @@ def fold(
     else:
         graph = run(graph, Fold(gates=mean_gates(adapted, batches)), check=False)
         outcome = FoldReport(graph.folded, _model_error(graph.module, adapted, batches))
-        _warn(
-            f'fold(routing="mean") is an approximation: relative output error {outcome.approximation:.3g} on the calibration inputs.'
-        )
+        lost = f"relative output error {outcome.approximation:.3g} on the calibration inputs"
+        _warn(f'fold(routing="mean") fixes gates that depend on the input: {lost}.')
     return (graph.module, outcome) if report else graph.module  # type: ignore[return-value]
 
 

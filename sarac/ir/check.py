@@ -125,3 +125,16 @@ def _tensor_difference(one: Tensor, two: Tensor, path: str) -> Difference:
 def _floats(value: Any) -> Iterator[Tensor]:
     tensors = value.parameters() if isinstance(value, torch.nn.Module) else (leaf for _, leaf in leaves(value))
     return (tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def require_merge_keeps(merged: Any, unmerged: Any, reference: Any, dtype: torch.dtype) -> None:
+    """Raise CheckFailed if the merged model is much further from a wider `reference` than the unmerged one is.
+
+    Below a tenth of the gate both are rounding noise, whose ratio says nothing.
+    """
+    ours, theirs = difference(merged, reference).error, difference(unmerged, reference).error
+    if ours > max(MERGED_OVER_UNMERGED * theirs, gate(dtype) / 10):
+        raise CheckFailed(
+            f"The merged model's error is {ours:.3g} and the unmerged one's {theirs:.3g}, against a wider reference: more than "
+            f"{MERGED_OVER_UNMERGED} times as much. Rounding has lost too much of the adapters: merge at a wider dtype."
+        )

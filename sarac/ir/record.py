@@ -8,6 +8,7 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from sarac.ir.layers import adapted
 from sarac.ir.plan import Plan
 
 FOLDER_FILE = "sarac.json"
+try:
+    __version__ = version("sarac")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "unknown"
 _SENTENCE = (
     "this folder holds a model with sarac adapters, whose base weights alone would load here: open it with "
     "sarac.load(FOLDER), or save sarac.fold(model) for a plain one"
