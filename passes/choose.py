@@ -37,11 +37,12 @@ class Choose:
             if self.where is not None:
                 raise PlanError("A finished plan names its sites itself: leave `where` out, or edit the plan.")
             given.require_fits({site.name: site.shape for site in graph.sites.values()})
-            chosen = replace(given, also_train=(*given.also_train, *self._further(graph, given.sites)))
+            chosen = replace(given, also_train=(*given.also_train, *self._further(graph)))
         else:
             chosen = self._by_rule(graph, str(self.plan))
+        self._require_separate(graph, chosen)
         for name, adapter in chosen.sites.items():
-            _require_possible(graph.sites[name], adapter)
+            _require_possible(graph, name, adapter)
         return replace(graph, plan=chosen)
 
     def require_sound(self) -> Rule:
@@ -62,29 +63,33 @@ class Choose:
         total = sum(parameter.numel() for parameter in graph.module.parameters())
         ranks = rule.ranks(spectra, cost, total)
         adapters = {name: build(self.method, rank, rule.options) for name, rank in ranks.items()}
-        return Plan(adapters, text, self._further(graph, adapters))
+        return Plan(adapters, text, self._further(graph))
 
     def _usable(self, spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
         """Leave out weights of zeros, which have no direction to train; PlanError if they were named or are all."""
         usable = {name: found for name, found in spectra.items() if found.numerical_rank > 0}
         zeros = [name for name in spectra if name not in usable]
         if zeros and (self.where is not None or not usable):
-            raise PlanError(
-                f"The weight {zeros[0]} is all zeros: it has no singular directions to train. Leave it out of `where`."
-            )
+            raise PlanError(_zeros(zeros[0]))
         return usable
 
-    def _further(self, graph: ModelGraph, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+    def _further(self, graph: ModelGraph) -> tuple[str, ...]:
         if self.also_train is None:
             return ()
         globs = [self.also_train] if isinstance(self.also_train, str) else list(self.also_train)
-        taken = {alias for name in adapters for alias in graph.sites[name].names}
-        names = [name for name, _ in graph.module.named_parameters()]
-        found = matching(globs, names, "also_train")
-        both = next((name for name in found if name in taken), None)
-        if both is not None:
-            raise PlanError(f"{both} would be both adapted and trained whole: take it out of `also_train` or of `where`.")
-        return tuple(found)
+        return tuple(matching(globs, [name for name, _ in graph.module.named_parameters()], "also_train"))
+
+    def _require_separate(self, graph: ModelGraph, chosen: Plan) -> None:
+        """What trains whole must exist and not be adapted as well."""
+        known = dict(graph.module.named_parameters())
+        taken = {alias for name in chosen.sites for alias in graph.sites[name].names}
+        for name in chosen.also_train:
+            if name not in known:
+                raise PlanError(
+                    f"The plan trains the parameter {name!r} whole, which the model does not have. {near(name, known)}"
+                )
+            if name in taken:
+                raise PlanError(f"{name} would be both adapted and trained whole: take it out of `also_train` or of `where`.")
 
 
 def chosen_sites(graph: ModelGraph, where: Where) -> dict[str, Site]:
@@ -125,9 +130,16 @@ def given_plan(plan: str | Path | Plan) -> Plan | None:
     return None
 
 
-def _require_possible(site: Site, adapter: Adapter) -> None:
+def _require_possible(graph: ModelGraph, name: str, adapter: Adapter) -> None:
+    site = graph.sites[name]
     if site.form != "call" and not adapter.foldable:
         raise PlanError(
-            f'{site.name} cannot carry a routed adapter, which needs the layer\'s input: {site.reason}. Use method="sara" '
+            f'{name} cannot carry a routed adapter, which needs the layer\'s input: {site.reason}. Use method="sara" '
             "for it, or leave it out of `where`."
         )
+    if getattr(adapter, "basis", "svd") == "svd" and not bool(graph.weight(site).any()):
+        raise PlanError(_zeros(name))
+
+
+def _zeros(name: str) -> str:
+    return f"The weight {name} is all zeros: it has no singular directions to train. Leave it out of `where` or of the plan."

@@ -75,7 +75,9 @@ class Fold:
         rounded = oriented(exact, slot.transposed).to(base.dtype).contiguous()
         lost = oriented(rounded, slot.transposed).double() - oriented(base.detach(), slot.transposed).double() - delta.double()
         facts = Folded(relative_norm(delta, base), relative_norm(lost, delta) if float(delta.norm()) else 0.0)
-        return nn.Parameter(rounded, requires_grad=base.requires_grad), facts
+        merged = nn.Parameter(rounded)
+        merged.__dict__.update(base.__dict__)
+        return merged, facts
 
 
 def _require_foldable(slots: list[Slot], gates: Mapping[str, Tensor]) -> None:

@@ -57,7 +57,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
         site = None if item.names[0] in sites else _site(model, item, key in heads)
         if site is not None:
             sites[site.name] = site
-    skipped = {item.names[0]: item.skipped for item in found.values() if item.names[0] not in sites}
+    skipped = {
+        item.names[0]: item.skipped or "its module is adapted already" for item in found.values() if item.names[0] not in sites
+    }
     graph = ModelGraph(model, sites, regions, skipped, example_inputs=inputs)
     return graph if inputs is None else replace(graph, whole=capture(graph, inputs))
 
@@ -96,7 +98,7 @@ def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> 
         frozen = "its forward was replaced on the instance"
     for mode, graph in zip(("train", "eval") if len(graphs) == 2 else ("both",), graphs, strict=True):
         _note_uses(path, module, mode, graph, own, frozen)
-    guards = {name: value for trace in traces for name, value in trace.reads.items()}
+    guards = {path: value for trace in traces for path, value in trace.reads.items()}
     return Region(path, graphs[0], graphs[-1], tuple(guards.items()))
 
 
@@ -200,24 +202,25 @@ class _Trace:
     """One trace of one module in one mode, what it read off the module on the way, and what it would freeze."""
 
     graph: fx.Graph
-    reads: dict[str, Any]
+    reads: dict[tuple[str, ...], Any]
     frozen: str = ""
 
     @classmethod
     def of(cls, module: nn.Module, training: bool) -> "_Trace":
-        shadow = copy.copy(module)  # shares every tensor and child, so the module itself is never touched
-        shadow.__dict__ = {**module.__dict__, "training": training}
+        notes = _Notes()
+        shadow = notes.shadow(module, ())
+        shadow.__dict__["training"] = training
         shadow.__dict__.pop("forward", None)
-        reads: dict[str, Any] = {}
-        writes: list[str] = []
-        shadow.__class__ = _recorder(type(module), reads, writes)
-        found = cls(_RegionTracer().trace(shadow), reads)
-        odd = [name for name, value in reads.items() if not simple(value)]
+        notes.on = True
+        found = cls(_RegionTracer().trace(shadow), notes.reads)
+        odd = [path for path, value in notes.reads.items() if not simple(value)]
         inputs = [node for node in found.graph.nodes if node.op == "placeholder"]
-        if writes:
-            found.frozen = f"it assigns {writes[0]} while it runs"
+        if any(name.startswith("_tensor_constant") for name in notes.writes):
+            found.frozen = "it makes tensors of its own"
+        elif notes.writes:
+            found.frozen = f"it assigns {notes.writes[0]} while it runs"
         elif odd:
-            found.frozen = f"it reads the attribute {odd[0]} of type {type(reads[odd[0]]).__name__}"
+            found.frozen = f"it reads the attribute {'.'.join(odd[0])} of type {type(notes.reads[odd[0]]).__name__}"
         elif any(node.args or str(node.target).startswith("*") for node in inputs):
             found.frozen = "it takes optional arguments"
         elif any(node.op == "get_attr" and not _reachable(module, str(node.target)) for node in found.graph.nodes):
@@ -225,23 +228,48 @@ class _Trace:
         return found
 
 
-def _recorder(base: Any, reads: dict[str, Any], writes: list[str]) -> type:
-    """A subclass that notes every plain attribute that the forward reads or assigns."""
+@dataclass
+class _Notes:
+    """Every plain attribute that a forward reads or assigns, on its module and on the modules below, by path."""
 
-    class Recorder(base):  # type: ignore[misc]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            if name not in _INTERNAL and not name.startswith("__"):
-                own = name in object.__getattribute__(self, "__dict__")
-                if (own or simple(value)) and not callable(getattr(nn.Module, name, None)):
-                    reads[name] = value
-            return value
+    reads: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    writes: list[str] = field(default_factory=list)
+    on: bool = False
+    _made: dict[int, nn.Module] = field(default_factory=dict)
 
-        def __setattr__(self, name: str, value: Any) -> None:
-            writes.append(name)
-            super().__setattr__(name, value)
+    def shadow(self, module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+        """A copy that shares tensors, takes notes, and whose containers can be appended to without harm."""
+        if id(module) in self._made or type(type(module)) is not type:  # the latter: a compiled script
+            return self._made.get(id(module), module)
+        self._made[id(module)] = shadow = copy.copy(module)
+        own = vars(module).items()
+        shadow.__dict__ = {name: copy.copy(value) if isinstance(value, list | dict | set) else value for name, value in own}
+        shadow.__dict__["_modules"] = {
+            name: child if child is None else self.shadow(child, (*path, name)) for name, child in module._modules.items()
+        }
+        shadow.__class__ = self._recorder(type(module), path)
+        return shadow
 
-    return Recorder
+    def _recorder(self, base: Any, path: tuple[str, ...]) -> type:
+        notes = self
+
+        class Recorder(base):  # type: ignore[misc]
+            def __getattribute__(self, name: str) -> Any:
+                value = super().__getattribute__(name)
+                mode = name == "training" and path  # a child's mode is not this region's
+                if notes.on and (mode or name not in _INTERNAL) and not name.startswith("__"):
+                    value_or_function = getattr(value, "__func__", value)
+                    own = name in object.__getattribute__(self, "__dict__")
+                    if (own or simple(value_or_function)) and not callable(getattr(nn.Module, name, None)):
+                        notes.reads[*path, name] = value_or_function
+                return value
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                if notes.on:
+                    notes.writes.append(name)
+                super().__setattr__(name, value)
+
+        return Recorder
 
 
 def _reachable(module: nn.Module, target: str) -> bool:

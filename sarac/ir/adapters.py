@@ -12,8 +12,8 @@ bits, 60 steps of 8 x 256 tokens of the Python language reference, AdamW, one se
     factors at 0.01, SVD        8.83    8.54            8.84    9.02
     factors at 0.01, random    10.42    8.78            8.69    8.96            9.34
 
-At their own best rates δ and λ learn the same. δ is kept because its rate is a relative change and does not move with the scale of
-the weights (λ's best is ten times δ's here), and because equal steps then mean equal shares for every direction.
+At their own best rates δ and λ learn the same. δ is kept because its rate does not move with the scale of the weights (λ's best
+is ten times δ's here).
 """
 
 from __future__ import annotations
@@ -220,12 +220,12 @@ class MoSara:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""
         if self.routed:
             raise NotFoldable(f"A routed Mo-SARA adapter ({self.sets} sets, router {self.router}) has no single weight.")
-        return self.mean_delta(tensors, torch.full((self.sets,), 1.0 / self.sets))
+        return _product(tensors, tensors["shift"].mean(0) * tensors["scale"])
 
     def mean_delta(self, tensors: Tensors, gates: Tensor) -> Tensor:
         """U diag(Σ_i g_i λ_i) V for fixed gates of shape (sets,), shape (out, in)."""
-        values = tensors["shift"] * tensors["scale"]
-        return _product(tensors, gates.to(values) @ values)
+        shift = tensors["shift"]
+        return _product(tensors, (gates.to(shift) @ shift) * tensors["scale"])
 
     def _router_shapes(self) -> dict[str, tuple[int, int]]:
         if not self.routed:
@@ -294,8 +294,9 @@ def _require(holds: bool, given: str, rule: str) -> None:
 
 
 def _read(name: str, item: Field[Any], value: Any) -> Any:
-    try:
-        kind: Any = type(item.default)
-        return kind(value)
-    except ValueError as error:
-        raise PlanError(f"The option {name}={value} is not possible: it takes a whole number.") from error
+    whole = type(value) is int or (isinstance(value, str) and value.isdigit())
+    if isinstance(item.default, int):
+        _require(whole, f"{name}={value}", "it takes a whole number")
+        return int(value)
+    _require(isinstance(value, str), f"{name}={value}", "it takes a word")
+    return value

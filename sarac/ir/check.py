@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,9 @@ class Difference:
 
     error: float
     max_error: float
-    finite: bool
+    finite: bool  # whether NaN and Inf, if any, stand in the same places
     where: str
-
-    @property
-    def identical(self) -> bool:
-        """Whether there is no difference at all."""
-        return self.finite and self.max_error == 0.0
+    identical: bool  # whether every value and every dtype is the same
 
 
 def gate(dtype: torch.dtype) -> float:
@@ -51,6 +47,9 @@ def leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     for path, value in pytree.tree_flatten_with_path(outputs)[0]:
         if isinstance(value, Tensor):
             yield pytree.keystr(path) or "output", value
+        elif is_dataclass(value) and not isinstance(value, type):  # one that torch's pytree does not know
+            for name, part in vars(value).items():
+                yield from ((f"{pytree.keystr(path)}.{name}{inner.removeprefix('output')}", leaf) for inner, leaf in leaves(part))
 
 
 def difference(actual: Any, expected: Any) -> Difference:
@@ -61,12 +60,10 @@ def difference(actual: Any, expected: Any) -> Difference:
             f"The outputs have another form: {[tuple(t.shape) for _, t in ours]} instead of "
             f"{[tuple(t.shape) for _, t in theirs]}."
         )
-    worst = Difference(0.0, 0.0, True, "output")
-    for (path, one), (_, two) in zip(ours, theirs, strict=True):
-        found = _tensor_difference(one.detach(), two.detach(), path)
-        if not found.finite or (worst.finite and found.error > worst.error):
-            worst = found
-    return worst
+    if not ours:
+        raise CheckFailed(f"There is no tensor in the outputs ({type(actual).__name__}): a comparison of nothing proves nothing.")
+    rows = [_tensor_difference(one.detach(), two.detach(), path) for (path, one), (_, two) in zip(ours, theirs, strict=True)]
+    return max(rows, key=lambda row: (not row.finite, row.error, not row.identical))
 
 
 def require_close(actual: Any, expected: Any, dtype: torch.dtype, what: str) -> Difference:
@@ -115,11 +112,12 @@ def _tensor_difference(one: Tensor, two: Tensor, path: str) -> Difference:
     same_odd = bool(((a == b) | (torch.isnan(a) & torch.isnan(b)))[odd].all())  # masks of -inf are legitimate outputs
     gap, reference = (a - b)[~odd], b[~odd]
     if gap.numel() == 0:
-        return Difference(0.0 if same_odd else math.inf, 0.0, same_odd, path)
+        return Difference(0.0 if same_odd else math.inf, 0.0, same_odd, path, same_odd and one.dtype == two.dtype)
     spread = float(reference.std(correction=0))
     scale = spread or float(reference.abs().max()) or 1.0
     rms = float(gap.square().mean().sqrt())
-    return Difference(rms / scale if same_odd else math.inf, float(gap.abs().max()), same_odd, path)
+    identical = same_odd and one.dtype == two.dtype and torch.equal(a[~odd], b[~odd])
+    return Difference(rms / scale if same_odd else math.inf, float(gap.abs().max()), same_odd, path, identical)
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

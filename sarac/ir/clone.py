@@ -65,18 +65,19 @@ def _require_copyable_forward(module: nn.Module) -> None:
     forward = module.__dict__.get("forward")
     while isinstance(forward, functools.partial):
         forward = forward.func
-    if isinstance(forward, types.FunctionType) and _closes_over_model(forward):
+    if isinstance(forward, types.FunctionType) and _holds_model(forward):
         raise RewriteError(
             f"The forward of a {type(module).__name__} was replaced on the instance by {forward.__qualname__}, which closes "
             "over the model: a copy would run the source. Make it a method of a subclass, or give inplace=True."
         )
 
 
-def _closes_over_model(function: types.FunctionType) -> bool:
-    values = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
-    for value in values:
-        if isinstance(getattr(value, "__self__", value), nn.Module | Tensor):
-            return True
-        if isinstance(value, types.FunctionType) and _closes_over_model(value):
-            return True
-    return False
+def _holds_model(value: Any) -> bool:
+    """Whether a function closes over a module or a tensor, or has one among its defaults, however deep in containers."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return any(_holds_model(item) for item in (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
+    parts = pytree.tree_leaves(value)
+    if len(parts) == 1 and parts[0] is value:
+        return isinstance(getattr(value, "__self__", value), nn.Module | Tensor)
+    return any(_holds_model(part) for part in parts)

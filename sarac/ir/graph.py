@@ -18,7 +18,7 @@ from sarac.ir.errors import TraceError, near
 from sarac.ir.inputs import Inputs
 from sarac.ir.plan import Plan
 from sarac.ir.spectrum import Spectrum
-from sarac.ir.weight import oriented
+from sarac.ir.weight import Guard, oriented
 
 META = "sarac"
 
@@ -77,7 +77,7 @@ class Region:
     path: str
     train: fx.Graph
     evaluate: fx.Graph
-    guards: tuple[tuple[str, Any], ...] = ()  # attributes that the graphs were specialised to
+    guards: tuple[Guard, ...] = ()  # attributes that the graphs were specialised to
 
     def graphs(self) -> dict[str, fx.Graph]:
         """The graphs by mode, "both" where they are one."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sarac.ir.errors import InputError
+from sarac.ir.errors import InputError, SaracError
 
-_SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\](?:<(?P<high>\d+))?")
+_SPEC = re.compile(r"(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\](?:<(?P<high>[1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Inputs:
         """The module's outputs for these inputs; an input that the module rejects is an InputError that says why."""
         try:
             return module(*self.args, **self.kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except SaracError:
+            raise
+        except Exception as error:  # a model may raise anything
             raise InputError(
                 f"{type(module).__name__} rejects the example inputs ({self.describe()}): "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
@@ -77,9 +79,9 @@ class TensorSpec:
         """A random tensor of this dtype and the given shape."""
         dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point:
-            return torch.randn(*shape, generator=generator).to(dtype)
+            return torch.randn(tuple(shape), generator=generator).to(dtype)
         if self.high is None:  # a mask, or an index of unknown range: ones are right for the one, in range for most
-            return torch.ones(*shape, dtype=dtype)
+            return torch.ones(tuple(shape), dtype=dtype)
         return torch.randint(0, self.high, tuple(shape), generator=generator).to(dtype)
 
 

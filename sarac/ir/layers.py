@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import RewriteError, WeightError
-from sarac.ir.weight import EffectiveWeight, Slot, State, base_attribute, effective
+from sarac.ir.weight import EffectiveWeight, Guard, Slot, State, base_attribute, effective
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, *_FUNCTIONS)
@@ -61,7 +61,7 @@ def install(
     slots: Sequence[Slot],
     tensors: Mapping[str, Mapping[str, nn.Parameter]],
     forward: Forward | None,
-    guards: tuple[tuple[str, Any], ...] = (),
+    guards: tuple[Guard, ...] = (),
 ) -> None:
     """Turn `module` into its adapted self, in place; `tensors` by parameter name, then role.
 
@@ -70,11 +70,16 @@ def install(
     for slot in slots:
         for role, tensor in tensors[slot.param].items():
             name = slot.attribute(role)
-            if hasattr(module, name):
-                raise RewriteError(f"{slot.site}: its module already has an attribute {name!r}; rename it and try again.")
+            _require_free(module, slot.site, name)
             module.register_parameter(name, tensor)
+        _require_free(module, slot.site, base_attribute(slot.param))
     module.__dict__["_sara"] = State({slot.param: slot for slot in slots}, guards)
     module.__class__ = _adapted_class(type(module), tuple(slot.param for slot in slots), forward)
+
+
+def _require_free(module: nn.Module, site: str, name: str) -> None:
+    if hasattr(module, name):
+        raise RewriteError(f"{site}: its module already has an attribute {name!r}; rename it and try again.")
 
 
 def uninstall(module: nn.Module) -> None:
@@ -93,7 +98,12 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, nn.Module, State]]:
             yield path, module, module.__dict__["_sara"]
 
 
-def _same(now: Any, then: Any) -> bool:
+def _holds(module: nn.Module, guard: Guard) -> bool:
+    """Whether what the forward was specialised to still is so; a method counts as its function."""
+    now: Any = module
+    for name in guard[0]:
+        now = getattr(now, name)
+    now, then = getattr(now, "__func__", now), guard[1]
     return now is then or (type(now) is type(then) and simple(then) and now == then)
 
 
@@ -104,12 +114,19 @@ def _getter(param: str) -> Callable[[nn.Module], Any]:
         if state is None or not state.enabled or base is None or isinstance(base, DTensor):
             return base
         if torch.compiler.is_compiling():  # a plain product can be captured; a handle cannot
-            return effective(self, param)
+            return _product(self, param)
         slot = state.slots[param]
         trains = any(tensor.requires_grad for tensor in slot.tensors(self).values())
         return EffectiveWeight(self, param, trains or base.requires_grad)
 
     return get
+
+
+def _product(module: nn.Module, param: str) -> Any:
+    try:
+        return effective(module, param)
+    except AttributeError as error:  # nn.Module.__getattr__ would answer it with the base, in silence
+        raise WeightError(f"The effective weight {param} cannot be computed: {error}.") from error
 
 
 def _base_getter(param: str) -> Callable[[nn.Module], Any]:
@@ -127,7 +144,7 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        body |= {"__sara_base__": base, "__setattr__": _setter(base, params), "__deepcopy__": _deepcopy}
+        body |= {"__sara_base__": base, "__setattr__": _setter(base, params), "__deepcopy__": _deepcopy, "__copy__": _copy}
         body |= {"__reduce_ex__": _reduce, "extra_repr": _repr(base)}
         for param in params:
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
@@ -142,7 +159,9 @@ def _dispatch(base: Any, forward: Forward) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sara
-        if state.enabled and all(_same(getattr(self, name), value) for name, value in state.guards):
+        # A trace stands for tensors: None, a number or a tuple may take another branch.
+        given = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+        if state.enabled and given and all(_holds(self, guard) for guard in state.guards):
             return (forward.train if self.training else forward.evaluate)(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)  # reads the effective weight, or the base when disabled
 
@@ -167,6 +186,12 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     new = self.__class__.__new__(self.__class__)
     memo[id(self)] = new
     new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    new = self.__class__.__new__(self.__class__)
+    new.__dict__.update(self.__dict__)
     return new
 
 

@@ -39,8 +39,9 @@ def linear_nodes(graph: fx.Graph, params: Iterable[str]) -> tuple[list[Match], d
 def _follow(chain: tuple[fx.Node, ...], param: str, flipped: bool, matches: list[Match], others: dict[str, str]) -> None:
     """Sort the users of a parameter, or of its transpose, into linear nodes and other readers."""
     for user in chain[-1].users:
-        if _is_transpose(user):
-            _follow((*chain, user), param, not flipped, matches, others)
+        turns = _turns(user)
+        if turns is not None:
+            _follow((*chain, user), param, flipped != turns, matches, others)
             continue
         match = _match(user, chain, param, flipped)
         if match is None:
@@ -67,14 +68,18 @@ def _match(node: fx.Node, chain: tuple[fx.Node, ...], param: str, flipped: bool)
     return None
 
 
-def _is_transpose(node: fx.Node) -> bool:
+def _turns(node: fx.Node) -> bool | None:
+    """Whether a node transposes a matrix (True), leaves it as it lies (False), or does something else (None)."""
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
+        return True if node.args[1] in ("T", "mT") else None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in _TRANSPOSES or node.op not in ("call_method", "call_function"):
-        return False
+    if name not in _TRANSPOSES or node.op not in ("call_method", "call_function") or node.kwargs:
+        return None
     dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    return name == "t" or (not node.kwargs and {int(d) % 2 for d in dims if isinstance(d, int)} == {0, 1})
+    order = [dim % 2 for dim in dims if isinstance(dim, int)]
+    if name == "t" or order == [1, 0] or (order == [0, 1] and name != "permute"):
+        return True
+    return False if order in ([0, 1], [0, 0], [1, 1]) else None
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Decisions: a rule read from text, and the plan that says which adapter every weight gets. JSON in and out."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -93,10 +94,10 @@ class Rule:
     def _require_valid(self, text: str) -> None:
         if self.kind in ("threshold", "energy"):
             require_share(self.value)
-        if self.kind == "rank" and (self.value != int(self.value) or self.value < 1):
+        if self.kind == "rank" and not (self.value.is_integer() and self.value >= 1):
             raise PlanError(f"A rank is a whole number of at least 1; {text!r} gives {self.value}.")
-        if self.kind == "budget" and self.value <= 0:
-            raise PlanError(f"A budget is above 0; {text!r} gives {self.value}.")
+        if self.kind == "budget" and not 0 < self.value < math.inf:
+            raise PlanError(f"A budget is above 0 and finite; {text!r} gives {self.value}.")
         if self.low < 1 or (self.high is not None and self.high < self.low):
             raise PlanError(f"The bounds in {text!r} leave no rank: min is at least 1 and max at least min.")
 
@@ -126,7 +127,10 @@ class Plan:
         if not isinstance(data, dict) or data.get("sarac_plan") != FORMAT or not isinstance(data.get("sites"), dict):
             raise PlanError(f'The JSON is no plan of this version: it needs "sarac_plan": {FORMAT} and "sites".')
         sites = {name: _adapter(name, entry) for name, entry in data["sites"].items()}
-        return cls(sites, data.get("rule", ""), tuple(data.get("also_train", ())), data.get("base", ""))
+        further = data.get("also_train", [])
+        if not isinstance(further, list) or not all(isinstance(name, str) for name in further):
+            raise PlanError(f'The plan\'s "also_train" is a list of parameter names, not {further!r}.')
+        return cls(sites, str(data.get("rule", "")), tuple(further), str(data.get("base", "")))
 
     def save(self, path: str | Path) -> None:
         """Write the plan's JSON."""
@@ -161,7 +165,7 @@ class Plan:
 
 
 def _adapter(name: str, entry: Any) -> Adapter:
-    if not isinstance(entry, dict) or entry.get("method") not in METHODS or not isinstance(entry.get("rank"), int):
+    if not isinstance(entry, dict) or entry.get("method") not in METHODS or type(entry.get("rank")) is not int:
         raise PlanError(f"The plan's entry for {name} needs a method ({', '.join(METHODS)}) and a whole rank: {entry!r}.")
     chosen = {key: value for key, value in entry.items() if key not in ("method", "rank")}
     try:
@@ -172,9 +176,10 @@ def _adapter(name: str, entry: Any) -> Adapter:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError as error:
         raise PlanError(f"{text!r} is not a number.") from error
+    return value
 
 
 def _whole(name: str, text: str | None) -> int | None:

@@ -72,7 +72,8 @@ def require_share(threshold: float) -> None:
 def spectrum(weight: Tensor, name: str = "the weight") -> Spectrum:
     """The singular values of `weight`, shape (out, in), by a float64 SVD; `name` is for the message of an error.
 
-    Values up to max(out, in) · eps(stored dtype) · s1 count as zero, the rule of numpy.linalg.matrix_rank.
+    Values up to max(out, in) · eps · s1 count as zero, the rule of numpy.linalg.matrix_rank, with eps of the stored dtype or of
+    float32, whichever is smaller: at bfloat16's eps of 2^-7 every value of a matrix wider than 128 would count as zero.
     """
     _require_usable(weight, name)
     values = torch.linalg.svdvals(weight.detach().double()).cpu()
@@ -100,8 +101,7 @@ def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _floor(weight: Tensor, values: Tensor) -> float:
-    # An integer or 8-bit float weight has no eps that torch knows in this sense: its rounding is not relative.
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return max(weight.shape) * torch.finfo(dtype).eps * float(values[0])
 
 
@@ -110,6 +110,7 @@ def _require_usable(weight: Tensor, name: str) -> None:
         raise SpectrumError(f"{name} lies on the meta device and has no values: load the model's weights first.")
     if weight.ndim != 2 or weight.numel() == 0:
         raise SpectrumError(f"{name} has shape {tuple(weight.shape)}; a spectrum needs two dimensions and some values.")
-    if not bool(torch.isfinite(weight).all()):
-        kind = "NaN" if bool(torch.isnan(weight).any()) else "Inf"
+    wide = weight.detach().float() if weight.dtype.itemsize == 1 else weight
+    if not bool(torch.isfinite(wide).all()):
+        kind = "NaN" if bool(torch.isnan(wide).any()) else "Inf"
         raise SpectrumError(f"{name} contains {kind}: it has no singular values. Mend the checkpoint, or leave it out.")

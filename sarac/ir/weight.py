@@ -10,6 +10,9 @@ from torch.utils import _pytree as pytree
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import NotFoldable, WeightError
 
+# The path of an attribute from its module, and the value that a forward was specialised to.
+Guard = tuple[tuple[str, ...], Any]
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -39,7 +42,7 @@ class State:
     """What an adapted module knows of itself: its slots, what its forward was specialised to, whether it is on."""
 
     slots: dict[str, Slot]
-    guards: tuple[tuple[str, Any], ...] = ()
+    guards: tuple[Guard, ...] = ()
     enabled: bool = True
 
 
@@ -98,16 +101,18 @@ class EffectiveWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if name in _FREE:
                 return func(*args, **kwargs)
+        if name in ("is_leaf", "retains_grad"):  # it is computed: an optimiser must not take it for a parameter
+            return False
         target = args[0] if args else next(iter(kwargs.values()), None)
+        written = (target, kwargs.get("out")) if name in _REFUSED or _writes(name) else kwargs.get("out")
+        for leaf in pytree.tree_leaves(written):
+            if isinstance(leaf, EffectiveWeight):
+                raise WeightError(_refusal(leaf, name))
         if isinstance(target, EffectiveWeight):
-            if name in _REFUSED or _writes(name):
-                raise WeightError(_refusal(target, name))
             if name in ("detach", "data"):  # still read-only: a write into a copy would be lost in silence
                 return EffectiveWeight(target._module, target._param, False)
             if name == "__deepcopy__":
                 return target.product().detach().clone()
-        if isinstance(kwargs.get("out"), EffectiveWeight):
-            raise WeightError(_refusal(kwargs["out"], f"{name}(out=…)"))
         args, kwargs = pytree.tree_map_only(EffectiveWeight, EffectiveWeight.product, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -121,7 +126,7 @@ class EffectiveWeight(Tensor):
 
 
 _FREE = frozenset(
-    "dtype device shape ndim layout requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_quantized is_sparse "
+    "dtype device shape ndim layout requires_grad grad grad_fn is_cuda is_cpu is_meta is_quantized is_sparse "
     "is_nested is_mps is_xpu itemsize nbytes names size dim ndimension numel nelement stride is_contiguous element_size "
     "is_floating_point is_complex is_signed get_device __hash__ __len__ output_nr is_inference".split()
 )

@@ -105,7 +105,9 @@ def main() -> None:
         for rate in RATES[name][2]:
             found.append(run(first, name, rate, rows, held, options.steps, options.batch))
             console.print(found[-1])
-    table = Table("method", "rate", "trainable", "perplexity", title=f"{options.steps} steps of {options.batch} x {options.length}")
+    table = Table(
+        "method", "rate", "trainable", "perplexity", title=f"{options.steps} steps of {options.batch} x {options.length}"
+    )
     for row in found:
         table.add_row(row["method"], f"{row['rate']:g}", f"{row['trainable']:,}", f"{row['perplexity']:.3f}")
     console.print(table)
