@@ -137,7 +137,7 @@ def _require_possible(graph: ModelGraph, name: str, adapter: Adapter) -> None:
             f'{name} cannot carry a routed adapter, which needs the layer\'s input: {site.reason}. Use method="sara" '
             "for it, or leave it out of `where`."
         )
-    if getattr(adapter, "basis", "svd") == "svd" and not bool(graph.weight(site).any()):
+    if vars(adapter).get("basis") != "random" and not bool(graph.weight(site).any()):
         raise PlanError(_zeros(name))
 
 

@@ -1,6 +1,6 @@
 """sarac: model surgery for PyTorch. Threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
 
-from sarac import backends as backends
+import sarac.backends.peft  # noqa: F401  sarac.backends.peft.save and .load are part of the face
 from sarac.emit import ExportReport, export, verify
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import (

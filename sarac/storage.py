@@ -30,7 +30,7 @@ from sarac.ir.errors import CheckpointError, RewriteError, SaracWarning
 from sarac.ir.graph import ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
-from sarac.ir.pipeline import run
+from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
 from sarac.ir.record import FOLDER_FILE, Record, attach, record_of
 from sarac.passes.choose import Choose
@@ -137,7 +137,14 @@ def _require_base(path: str, saved: SavedAdapter, weights: Mapping[str, Tensor],
     )
 
 
-def _with_adapters(model: Model, plan: Plan, adapters: Adapters, *, inputs: str = "", graph: ModelGraph | None = None) -> Model:
+def _with_adapters(
+    model: Model,
+    plan: Plan,
+    adapters: Mapping[str, Mapping[str, Tensor]],
+    *,
+    inputs: str = "",
+    graph: ModelGraph | None = None,
+) -> Model:
     """A copy of `model` with these adapters; their tensors keep the dtypes of the file, factors take the weight's."""
     graph = graph or trace(model)
     graph = run(graph, Choose(plan), check=False)
@@ -188,3 +195,6 @@ def _blank(plain: nn.Module, plan: Plan) -> nn.Module:
         shapes = adapter.shapes(*site.shape)
         given[name] = {role: torch.zeros(shape) for role, shape in shapes.items()}
     return run(graph, Rewrite(given=given), check=False).module
+
+
+register_front_end(_with_adapters)

@@ -4,14 +4,12 @@
 
 What trains is the relative shift δ = λ / s. The pilot (tests/benchmarks/learning_rate.py: SmolLM2-135M de-quantised from 4
 bits, 60 steps of 8 x 256 tokens of the Python language reference, AdamW, one seed; held-out perplexity, untouched 12.82):
-
     rate                        1e-3    3e-3    5e-3    1e-2    2e-2    3e-2    5e-2    1e-1    3e-1
     δ, threshold 0.6                            9.22    9.07    9.38    9.78   10.84   13.25
     λ, threshold 0.6                                   10.37    9.72            9.11    9.06   10.01
     Mo-SARA, 5 sets                                     8.74    9.07           11.41
     factors at 0.01, SVD        8.83    8.54            8.84    9.02
     factors at 0.01, random    10.42    8.78            8.69    8.96            9.34
-
 At their own best rates δ and λ learn the same. δ is kept because its rate does not move with the scale of the weights (λ's best
 is ten times δ's here).
 """
@@ -59,7 +57,7 @@ class Adapter(Protocol):
 
     @property
     def lr(self) -> float:
-        """The learning rate to give Adam for what trains."""
+        """The learning rate to give Adam."""
 
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by role, for a weight of shape (out, inner)."""

@@ -1,6 +1,6 @@
 """Passes, backends, and `run`, which holds every pass to law 1: a pass never changes what the model computes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,6 +14,7 @@ from sarac.ir.errors import CheckFailed, NotFoldable, RewriteError
 from sarac.ir.graph import ModelGraph, owners
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
+from sarac.ir.plan import Plan
 
 
 class Pass(Protocol):
@@ -30,6 +31,23 @@ class Backend(Protocol):
 
     def write(self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str]) -> tuple[Path, ...]:
         """Write `model` to `path` and return every file written."""
+
+
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+_front_end: list[Callable[[nn.Module, Plan, Tensors], nn.Module]] = []
+
+
+def adopt(model: nn.Module, plan: Plan, tensors: Tensors) -> nn.Module:
+    """A copy of `model` with the adapters of a plan, their tensors given by site and role.
+
+    A backend that reads adapters ends here. The front end does the work; it lies above this and registers itself.
+    """
+    return _front_end[-1](model, plan, tensors)
+
+
+def register_front_end(carry_out: Callable[[nn.Module, Plan, Tensors], nn.Module]) -> None:
+    """Make `carry_out` what `adopt` calls."""
+    _front_end.append(carry_out)
 
 
 @dataclass(frozen=True)

@@ -93,11 +93,15 @@ def factors(weight: Tensor, rank: int, name: str = "the weight") -> tuple[Tensor
     return u * signs.T, s, v * signs, floor
 
 
-def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best B (out, rank) and A (rank, in) with B A ≈ matrix, float64, and the relative error of that product."""
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    lost, whole = float(s[rank:].norm()), float(s.norm())
-    return u[:, :rank] * s[:rank], v[:rank], lost / whole if whole else 0.0
+def product_factors(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), s (k,), V (k, in) with U diag(s) V = B A, from B (out, r) and A (r, in); zero directions are left out.
+
+    Two thin QRs and the SVD of an r x r matrix, in float64: the large product is never formed.
+    """
+    left, right = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(left.R @ right.R.T)
+    rank = max(1, int((s > s.numel() * torch.finfo(torch.float64).eps * s[0]).sum()))
+    return left.Q @ u[:, :rank], s[:rank], v[:rank] @ right.Q.T
 
 
 def _floor(weight: Tensor, values: Tensor) -> float:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import close
 
+from sarac.ir import check
 from sarac.ir.errors import PlanError, SpectrumError
-from sarac.ir.spectrum import factors, spectrum, truncate
+from sarac.ir.spectrum import factors, product_factors, spectrum
 
 SIZES = st.integers(1, 9)
 SHARES = st.floats(0.0, 1.0, exclude_min=True)
@@ -187,9 +188,12 @@ def test_signs_of_factors_do_not_depend_on_the_run() -> None:
     close(mirrored, -u, torch.float64)
 
 
-def test_truncate_gives_the_best_product_and_its_error() -> None:
-    b, a, error = truncate(torch.diag(torch.tensor([4.0, 3.0, 0.0])), 1)
-    close(b @ a, torch.diag(torch.tensor([4.0, 0.0, 0.0])), torch.float64)
-    close(torch.tensor(error, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64), torch.float64)
-    assert truncate(torch.eye(3), 3)[2] == 0.0
-    assert truncate(torch.zeros(2, 2), 1)[2] == 0.0
+@pytest.mark.parametrize(("out", "inner", "rank"), [(5, 7, 2), (7, 5, 5), (3, 4, 6)])
+def test_product_factors_are_the_products_own(out: int, inner: int, rank: int) -> None:
+    b, a = torch.randn(out, rank, dtype=torch.float64), torch.randn(rank, inner, dtype=torch.float64)
+    u, s, v = product_factors(b, a)
+    check.require_close((u * s) @ v, b @ a, torch.float64, "the factors and the product")
+    assert check.difference((u * s) @ v, 2 * b @ a).error > check.gate(torch.float64)
+    assert s.numel() == min(out, inner, rank)
+    padded = product_factors(torch.cat([b, torch.zeros(out, 3)], 1), torch.cat([a, torch.zeros(3, inner)]))
+    assert padded[1].numel() == s.numel()
