@@ -25,7 +25,7 @@ from zoo import (
 )
 
 from sarac.ir.adapters import Sara
-from sarac.ir.errors import RewriteError
+from sarac.ir.errors import CheckFailed, RewriteError
 from sarac.ir.graph import fact
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
@@ -169,6 +169,14 @@ def test_start_depends_on_seed_and_name_alone() -> None:
     twin = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     twin = adapt(twin, plan)
     assert not torch.equal(twin[0].sara_u, twin[1].sara_u)
+
+
+def test_start_that_changes_the_last_bits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Sara.init
+    monkeypatch.setattr(Sara, "init", lambda *args: {**start(*args), "shift": torch.full((3,), 1e-6)})
+    with pytest.raises(CheckFailed, match="before and after Rewrite must be bit-exact"):
+        adapt(nn.Linear(6, 5), "rank:3")
+    adapt(nn.Linear(6, 5), "rank:3", checked=False)
 
 
 def test_transforming_twice_is_refused() -> None:
