@@ -1,4 +1,4 @@
-"""What a rewritten model remembers of its surgery, and the guard that keeps its saved folder from lying.
+"""What a model remembers of its surgery and its inputs, and the guards that keep it from failing in silence.
 
 `adapted.save_pretrained` writes the base and the adapters; `from_pretrained` would load the base and drop the adapters
 with a warning, so the folder's config is marked: loading it any other way than with sarac.load raises a sentence.
@@ -6,18 +6,26 @@ with a warning, so the folder's config is marked: loading it any other way than 
 
 import json
 import types
+import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sarac.ir.errors import SaracWarning
 from sarac.ir.layers import adapted
 from sarac.ir.plan import Plan
 
 FOLDER_FILE = "sarac.json"
+FOLDER_MARK = "transformers_weights"  # the config's entry that from_pretrained takes for the name of the weights' file
+# A rate this many times below the recommended one hardly moves a relative shift in a usual run.
+_TOO_LOW = 10.0
 try:
     __version__ = version("sarac")
 except PackageNotFoundError:  # run from a source tree that was never installed
@@ -30,12 +38,10 @@ _SENTENCE = (
 
 @dataclass(frozen=True)
 class Record:
-    """The plan that was carried out, which parameters trained before it, and what the model can be rebuilt from."""
+    """The plan that was carried out, and which parameters trained before it."""
 
     plan: Plan
     trained_before: Mapping[str, bool] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    inputs: str = ""
 
 
 def record_of(model: nn.Module) -> Record | None:
@@ -44,8 +50,19 @@ def record_of(model: nn.Module) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
+def inputs_of(model: nn.Module) -> str:
+    """The JSON of the input spec that a model keeps, adapted or plain; "" where it has none."""
+    return str(model.__dict__.get("_sarac_inputs", ""))
+
+
+def keep_inputs(model: nn.Module, spec: str) -> None:
+    """Let a model keep the JSON of its input spec: copies, transformed and folded ones have it too."""
+    model.__dict__["_sarac_inputs"] = spec
+
+
 def attach(model: nn.Module, record: Record) -> None:
-    """Remember `record` on the model and guard its `save_pretrained`."""
+    """Remember `record` on the model, guard its `save_pretrained` and watch the rates of the optimisers to come."""
+    _watch_learning_rates()
     model.__dict__["_sarac_record"] = record
     for _, module in model.named_modules():
         if callable(getattr(type(module), "save_pretrained", None)) and any(True for _ in adapted(module)):
@@ -69,8 +86,35 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     if not config.exists():  # another process than the main one of a distributed run
         return
     entries = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**entries, "transformers_weights": _SENTENCE}, indent=2) + "\n", encoding="utf-8")
+    config.write_text(json.dumps({**entries, FOLDER_MARK: _SENTENCE}, indent=2) + "\n", encoding="utf-8")
     slots = [slot for _, _, state in adapted(self) for slot in state.slots.values()]
     record = record_of(self)
     plan = record.plan if record else Plan({slot.site: slot.adapter for slot in slots})
     plan.save(Path(save_directory) / FOLDER_FILE)
+
+
+_watching: list[Any] = []
+_seen: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+
+
+def _watch_learning_rates() -> None:
+    """Warn once an optimiser about a rate far below the recommended one: the shifts would not move and nobody would tell."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_check_rates))
+
+
+def _check_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    for group in optimizer.param_groups:
+        wanted = min((p._sara_lr for p in group["params"] if hasattr(p, "_sara_lr")), default=0.0)
+        # A warm-up begins near zero, and a one-cycle schedule at a fraction of its peak.
+        peak = max(float(group.get(entry, 0.0)) for entry in ("lr", "initial_lr", "max_lr"))
+        if 0.0 < wanted >= peak * _TOO_LOW:
+            warnings.warn(
+                f"The learning rate {peak:g} is {wanted / peak if peak else float('inf'):.0f} times below the recommended "
+                f"{wanted:g}: relative shifts hardly move at it. Give the optimiser sarac.recommended_lr(model).",
+                SaracWarning,
+                stacklevel=3,
+            )

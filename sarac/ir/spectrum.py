@@ -1,6 +1,8 @@
 """Singular values and vectors of a weight, and the rank at which their sum reaches a share: the heart of SARA."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +14,7 @@ from sarac.ir.errors import PlanError, SpectrumError
 # A share of the sum is compared with this many units of float64 rounding to spare for each value summed: without it an
 # identity matrix of n values would miss its exact share k / n by the rounding of the sum.
 _SLACK = 8.0 * torch.finfo(torch.float64).eps
+_SMALL = 2048
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def spectrum(weight: Tensor, name: str = "the weight") -> Spectrum:
     float32, whichever is smaller: at bfloat16's eps of 2^-7 every value of a matrix wider than 128 would count as zero.
     """
     _require_usable(weight, name)
-    values = torch.linalg.svdvals(weight.detach().double()).cpu()
+    with _one_thread(weight):
+        values = torch.linalg.svdvals(weight.detach().double()).cpu()
     return Spectrum(values, _floor(weight, values))
 
 
@@ -86,7 +90,8 @@ def factors(weight: Tensor, rank: int, name: str = "the weight") -> tuple[Tensor
     The signs are fixed by making each row of V positive at its largest entry, so that two runs agree.
     """
     _require_usable(weight, name)
-    u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    with _one_thread(weight):
+        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     floor = _floor(weight, s)
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     signs = torch.gather(v, 1, v.abs().argmax(1, keepdim=True)).sign()
@@ -102,6 +107,18 @@ def product_factors(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, v = torch.linalg.svd(left.R @ right.R.T)
     rank = max(1, int((s > s.numel() * torch.finfo(torch.float64).eps * s[0]).sum()))
     return left.Q @ u[:, :rank], s[:rank], v[:rank] @ right.Q.T
+
+
+@contextmanager
+def _one_thread(weight: Tensor) -> Iterator[None]:
+    """Decompose a small matrix on one CPU thread: where cores are shared a second one makes it five times slower."""
+    before = torch.get_num_threads()
+    alone = weight.device.type == "cpu" and min(weight.shape) <= _SMALL
+    try:
+        torch.set_num_threads(1 if alone else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _floor(weight: Tensor, values: Tensor) -> float:
