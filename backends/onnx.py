@@ -1,8 +1,8 @@
 """ONNX files: a torch module written as one, what stands in it read back, and metadata added to it.
 
-transformers models go through transformers' own exporter, everything else through torch's; both hand over their graph
-as they captured it. It is tidied here, by passes that change nothing that it computes: the exporters' own optimiser
-tries one of its rules on all pairs of nodes, which makes up half of the time for a model of thirty layers.
+transformers models go through transformers' own exporter, everything else through torch's; both hand over the graph as they
+captured it. It is tidied here: the exporters' optimiser builds an index of all nodes for every node, for a rule on slices,
+which takes longer than all the rest of an export. What its other rules gain, ONNX Runtime does itself when it loads.
 """
 
 import contextlib
@@ -23,9 +23,12 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
+from torch.onnx import _flags
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
+from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 
 from sarac.backends.runtime import named_leaves
 from sarac.ir.errors import ExportError, InputError
@@ -41,7 +44,8 @@ _NODE = 1  # in onnx.GraphProto
 _Field = tuple[int, int, int, int]  # its number, where it starts, where its content starts and ends, in bytes
 _BLOCK = 2**24  # bytes copied at a time
 
-_TRACEABLE = ("eager", "sdpa")  # the attention implementations that an exporter can follow
+_ATTENTION = "_attn_implementation"  # of a transformers config
+_TRACEABLE = ("eager", "sdpa")  # its values that an exporter can follow
 
 
 @dataclass(frozen=True)
@@ -57,65 +61,63 @@ class Onnx:
         The second file, `<name>.data`, holds the weights of a large model; the first names it, so the two can be moved
         but not renamed. InputError where the model rejects the inputs, ExportError for whatever else goes wrong.
         """
-        with _quiet(), _exportable(model):
-            wide = _two_rows(model, inputs)
-            program, shapes = self._program(model, inputs, wide)
-        weights = sum(value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value)
+        with _exporting(model):
+            program, shapes = self._program(model, inputs, _two_rows(model, inputs))
+        weights = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
         program.metadata_props.update({SHAPES: shapes, **metadata})
         data = path.with_name(f"{path.name}.data")
         try:
             onnx_ir.save(program, path, external_data=data.name if weights > LARGEST_FILE else None)
         except OSError as error:
             raise ExportError(
-                f"{path} cannot be written: {error.strerror or error}. Give a folder that exists, is yours to write "
-                f"in and has {weights / 1e9:.1f} GB free."
+                f"{path} cannot be written: {error.strerror or error}. Give a folder that exists, is yours and has "
+                f"{weights / 1e6:.0f} MB free."
             ) from error
         return (path, data) if weights > LARGEST_FILE else (path,)
 
     def _program(self, model: nn.Module, inputs: Inputs, wide: Inputs) -> tuple[onnx_ir.Model, str]:
         """The tidied graph, and how free its shapes are: "dynamic" or "static" with the reason."""
-        reason = ": as asked for"
-        if self.dynamic:
-            try:
-                return _tidy(self._captured(model, wide, dynamic=True)), "dynamic"
-            except ExportError as error:
-                reason = f": {error}"
-        return _tidy(self._captured(model, inputs, dynamic=False)), f"static{reason}"
+        if not self.dynamic:
+            return self._captured(model, inputs, dynamic=False), "static: as asked for"
+        try:
+            return self._captured(model, wide, dynamic=True), "dynamic"
+        except ExportError as error:
+            return self._captured(model, inputs, dynamic=False), f"static: {error}"
 
     def _captured(self, model: nn.Module, inputs: Inputs, dynamic: bool) -> onnx_ir.Model:
+        found: Any
+        signature = inspect.signature(model.forward)
+        # Capturing marks the sizes of the very tensors it is given, also for the attempts that follow.
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (inputs.args, dict(inputs.kwargs)))
         try:
             if isinstance(model, PreTrainedModel):
+                named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
                 config = OnnxConfig(dynamic=dynamic, opset_version=self.opset, optimize=False)
-                program: onnx_ir.Model = OnnxExporter().export(model, _keywords(model, inputs), config).program
-                return program
-            bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+                found = OnnxExporter().export(model, named, config)  # type: ignore[no-untyped-call]
+                return _tidy(found.program)
             found = torch.onnx.export(
                 model,
-                # A dict in the last place would be taken for the keyword arguments.
-                inputs.args if inputs.kwargs else (*inputs.args, {}),
-                kwargs=dict(inputs.kwargs),
+                args if kwargs else (*args, {}),  # a dict in the last place would be taken for the keyword arguments
+                kwargs=kwargs,
                 dynamo=True,
                 opset_version=self.opset,
-                dynamic_shapes=get_auto_dynamic_shapes(dict(bound)) if dynamic else None,
+                dynamic_shapes=pytree.tree_map(_free, dict(signature.bind(*args, **kwargs).arguments)) if dynamic else None,
                 optimize=False,
                 verbose=False,
             )
-            return _named(found.model, inputs, model)
+            return _tidy(_named(found.model, inputs, model))
         except Exception as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)} It was captured on "
-                f"({inputs.describe()}): look there for Python that depends on tensor values, or for inputs beyond "
-                "tensors, and export a module without them."
+                f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)} It was captured on ({inputs.describe()}): "
+                "look for Python that depends on tensor values, or for inputs beyond tensors, and export a module without."
             ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of an ONNX file, whose weights are not read; ExportError if it is damaged or no ONNX file."""
     with _opened(path) as (file, fields):
-        entries = [
-            onnx.StringStringEntryProto.FromString(_read(file, *content)) for number, _, *content in fields if number == _METADATA
-        ]
-    return {entry.key: entry.value for entry in entries}
+        found = [_read(file, *content) for number, _, *content in fields if number == _METADATA]
+    return {entry.key: entry.value for entry in map(onnx.StringStringEntryProto.FromString, found)}
 
 
 def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -130,10 +132,9 @@ def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
                     copy.write(_read(file, offset, min(offset + _BLOCK, end)))
             copy.write(onnx.ModelProto(metadata_props=entries).SerializeToString())
         aside.replace(path)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}. Check its folder and disk.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where all went well, it is in place and no longer here
+            aside.unlink()
 
 
 def node_counts(path: Path) -> Counter[str]:
@@ -161,41 +162,31 @@ def matmul_count(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No prints, warnings and notices from the exporters; errors are raised and logged as ever."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
+def _exporting(model: nn.Module) -> Iterator[None]:
+    """Exporters without prints and notices; the model in eval mode, without cache, gradients, untraceable attention."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    changes: list[tuple[Any, str, Any]] = [
+        *((module, "training", False) for module in model.modules()),
+        *((config, "use_cache", False) for config in configs if getattr(config, "use_cache", None)),
+        *((c, _ATTENTION, "sdpa") for c in configs if (getattr(c, _ATTENTION, None) or "sdpa") not in _TRACEABLE),
+        # Left on, sizes that the model fixes (a Linear's input) would stand in the graph as free ones.
+        (_flags, "PREFER_DEFERRED_RUNTIME_ASSERTS_OVER_GUARDS", False),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    own_forward, logged = "forward" in vars(model), logging.root.manager.disable
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        logging.disable(max(logged, logging.ERROR))
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        void = io.StringIO()
+        with contextlib.redirect_stdout(void), contextlib.redirect_stderr(void), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _exportable(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without cache, gradients and untraceable attention, for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or _TRACEABLE[0]
-    own_forward = "forward" in vars(model)
-    try:
-        model.eval()
-        for config in configs.values():
-            config.use_cache = False
-        if isinstance(model, PreTrainedModel) and attention not in _TRACEABLE:
-            model.set_attn_implementation("sdpa")
-        with torch.no_grad():
-            yield
-    finally:
-        if isinstance(model, PreTrainedModel) and attention not in _TRACEABLE:
-            model.set_attn_implementation(attention)
-        for config in configs.values():
-            config.use_cache = True
-        for module, training in modes:
-            module.training = training
-        if not own_forward:  # transformers' exporter leaves its bound method there, which copies of the model would call
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        logging.disable(logged)
+        if not own_forward:  # transformers' exporter leaves the bound method there, and copies of the model would call it
             vars(model).pop("forward", None)
 
 
@@ -211,24 +202,21 @@ def _two_rows(model: nn.Module, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _keywords(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """All inputs by keyword, in the order they were given: what transformers' exporter takes (and changes)."""
-    signature = inspect.signature(model.forward)
-    named = dict(signature.bind(*inputs.args, **inputs.kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
+def _free(value: Any) -> dict[int, Any] | None:
+    """The free sizes of an input: all but those of 1, which broadcast."""
+    sizes = get_auto_dynamic_shapes(value) if isinstance(value, Tensor) else None
+    return sizes and {axis: size for axis, size in sizes.items() if value.shape[axis] != 1}
 
 
 def _named(program: onnx_ir.Model, inputs: Inputs, model: nn.Module) -> onnx_ir.Model:
     """The graph with its outputs called by their paths in what the model returns, as transformers' exporter does."""
-    names = list(named_leaves(inputs.call(model)))
+    names, taken = list(named_leaves(inputs.call(model))), [value.name for value in program.graph.inputs]
     passes.OutputFixPass()(program)  # an output that is an input, or another output, gets a value of its own
-    taken = {value.name for value in program.graph.inputs}
-    if len(names) == len(program.graph.outputs):
-        for value, name in zip(program.graph.outputs, names, strict=True):
-            value.name = f"output.{name}" if name in taken else name
+    outputs = [f"output.{name}" if name in taken else name for name in names]
+    ends = (*program.graph.inputs, *program.graph.outputs)
+    if len(ends) == len(taken) + len(outputs):
+        for value, name in zip(ends, (*taken, *outputs), strict=True):
+            value.name = name
     return program
 
 
@@ -236,31 +224,25 @@ def _tidy(program: onnx_ir.Model) -> onnx_ir.Model:
     """Constants folded, repetitions and leftovers removed; weights keep torch's names, also those stored transposed."""
     passes.InlinePass()(program)
     graph = program.graph
-    turned = {
-        node.outputs[0].name: node.inputs[0].name
-        for node in graph
-        if node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-    }
+    transposes = ((node, node.inputs[0]) for node in graph if node.op_type == "Transpose")
+    turned = {node: weight for node, weight in transposes if weight is not None and weight.is_initializer()}
+    names = {str(node.outputs[0].name): str(weight.name) for node, weight in turned.items()}
+    # A tied weight would be stored twice, and Resize takes minutes in onnx's own implementation.
+    kept = {node for node in graph if node.op_type == "Resize" or (node in turned and len(turned[node].uses()) > 1)}
     for _ in range(2):  # what the first round removes lets the second fold more
-        # transformers keeps Resize too: onnx's reference implementation takes minutes for one.
-        optimizer.fold_constants(
-            program, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Resize" else None
-        )
+        optimizer.fold_constants(program, onnx_shape_inference=True, should_fold=lambda node: False if node in kept else None)
         passes.RemoveUnusedNodesPass()(program)
         passes.CommonSubexpressionEliminationPass()(program)
-    for tidying in (
-        passes.RemoveUnusedFunctionsPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.LiftSubgraphInitializersToMainGraphPass(),
-        passes.OutputFixPass(),
-        passes.NameFixPass(),
-        passes.ClearMetadataAndDocStringPass(),  # stack traces with the paths of this machine
-    ):
-        tidying(program)
-    for name, weight in turned.items():
-        if name in graph.initializers and weight not in graph.initializers:
-            graph.initializers[name].name = weight
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program)
+    passes.OutputFixPass()(program)
+    passes.NameFixPass()(program)
+    passes.ClearMetadataAndDocStringPass()(program)  # stack traces with the paths of this machine
+    for folded, name in names.items():
+        if folded in graph.initializers and name not in graph.initializers:
+            graph.initializers[folded].name = name
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:  # a size that the model fixes comes as a symbol named "8"
+            value.shape = onnx_ir.Shape([int(str(size)) if str(size).isdigit() else size for size in value.shape])
     return program
 
 
@@ -282,7 +264,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, list[_Field]]]:
                 raise ValueError("its fields are not those of a model")
             yield file, fields
     except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+        raise ExportError(f"{error.filename or path}: {error.strerror or error}. Give a file that you may read.") from error
     except ValueError as error:
         raise ExportError(f"{path} is truncated, or no ONNX file: {error}. Export it again.") from error
 

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from sarac.ir.check import leaves
 from sarac.ir.errors import ExportError, InputError, near
@@ -22,7 +23,6 @@ from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-_DTYPES = {"float": torch.float32, "double": torch.float64}  # the two that ONNX Runtime calls otherwise than torch
 _QUIET = 4  # fatal alone: what goes wrong is raised, and would else stand on stderr as well
 _CACHES = ("past_key_values", "past_buckets_states", "cache_params", "mems")  # what use_cache adds to the outputs
 
@@ -46,13 +46,11 @@ class Session:
         self._session, reason = _started(str(path), PROVIDERS[provider])
         if self._session is None:
             raise ExportError(
-                f"{path} cannot run on {provider}: {reason} `sarac doctor` lists what runs here and what is missing; a "
-                "damaged file, or one in a dtype without kernels there (bfloat16 on a CPU), must be exported again."
+                f"{path} cannot run on {provider}: {reason} `sarac doctor` lists what runs here and what is missing; export a "
+                "damaged file again, or one in a dtype without kernels there (bfloat16 on a CPU) in another."
             )
         self.shapes: dict[str, tuple[int | str, ...]] = {
-            port.name: tuple(
-                size if isinstance(size, int | str) else f"{port.name}.{axis}" for axis, size in enumerate(port.shape)
-            )
+            port.name: tuple(f"{port.name}.{axis}" if size is None else size for axis, size in enumerate(port.shape))
             for port in self._session.get_inputs()
         }
         self.dtypes = {port.name: _dtype(port.type) for port in self._session.get_inputs()}
@@ -60,14 +58,13 @@ class Session:
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""
-        feed = self.feed(inputs)
-        values = {name: _to_runtime(tensor.detach().cpu().contiguous()) for name, tensor in feed.items()}
+        values = {name: _to_runtime(tensor.detach().cpu().contiguous()) for name, tensor in self.feed(inputs).items()}
         try:
             found = self._session.run_with_ort_values(list(self.outputs), values)
         except Exception as error:
             raise InputError(
-                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {_reason(error)} Its inputs "
-                f"are {self.describe()}: give inputs of such shapes, or export again with the ones that you need."
+                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {_reason(error)} It takes "
+                f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
             ) from error
         return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
 
@@ -87,11 +84,11 @@ class Session:
             )
         if strangers:
             warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=3)
-        for name, dtype in self.dtypes.items():
-            if named[name].dtype != dtype:
+        for name, shape in self.shapes.items():
+            if named[name].dtype != self.dtypes[name] or named[name].dim() != len(shape):
                 raise InputError(
-                    f"The input {name!r} is {named[name].dtype}, and {self.path.name} takes {dtype}: convert it with "
-                    f".to({dtype})."
+                    f"{self.path.name} takes {self.describe()}, and {name!r} is {named[name].dtype} of shape "
+                    f"{tuple(named[name].shape)}: convert it, for example with .to({self.dtypes[name]})."
                 )
         return {name: named[name] for name in self.shapes}
 
@@ -150,8 +147,9 @@ def unseen_inputs(
 ) -> list[Inputs]:
     """`count` random inputs at shapes that the capture did not see, batch 1 and a longer sequence among the first.
 
-    Sizes that share a symbol, or were equal at capture, change together. Given the torch `model`, shapes that it
-    rejects are passed over. Where no new shape is left, the captured shape with other values fills the count.
+    Sizes that share a symbol, or were equal at capture, change together. Shapes that the torch `model`, in eval mode,
+    rejects are passed over. Where no new shape is left, the captured shape with other values fills up the count. Tensors
+    within lists and dicts stay as they were captured.
     """
     ports = _ports(spec, session, captured)
     free = _free_sizes(ports)
@@ -169,7 +167,9 @@ def unseen_inputs(
 
 def providers() -> dict[str, str]:
     """For every provider that this ONNX Runtime lists: "ok" where a session on it runs, else the reason why not."""
-    return {name: _started(_tiny_model(), name)[1] or "ok" for name in onnxruntime.get_available_providers()}
+    tiny = '<ir_version: 10, opset_import: ["": 20]> tiny (float[1, 1] x) => (float[1, 1] y) { y = MatMul(x, x) }'
+    model = onnx.parser.parse_model(tiny).SerializeToString()
+    return {name: _started(model, name)[1] or "ok" for name in onnxruntime.get_available_providers()}
 
 
 def _started(model: str | bytes, provider: str) -> tuple[Any, str]:
@@ -190,14 +190,14 @@ def _started(model: str | bytes, provider: str) -> tuple[Any, str]:
 
 def _unloadable(provider: str) -> str:
     """Why the provider's library cannot be loaded; "" if it can, or is built in."""
-    short = provider.removesuffix("ExecutionProvider").lower()
-    folder = Path(onnxruntime.__file__).parent / "capi"
     if provider not in onnxruntime.get_available_providers():
         return f"this build of ONNX Runtime has no {provider}."
+    folder, short = Path(onnxruntime.__file__).parent / "capi", provider.removesuffix("ExecutionProvider").lower()
     try:
-        for library in [*folder.glob("*onnxruntime_providers_shared.*"), *folder.glob(f"*_providers_{short}.*")]:
+        for library in folder.glob(f"*_providers_{short}.*"):
             _preload()
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            for path in (*folder.glob("*_providers_shared.*"), library):
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return _reason(error)
     return ""
@@ -207,13 +207,6 @@ def _unloadable(provider: str) -> str:
 def _preload() -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; loading the provider says the same
         onnxruntime.preload_dlls()
-
-
-def _tiny_model() -> bytes:
-    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy"]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "x"], ["y"])], "tiny", ends[:1], ends[1:])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    return bytes(model.SerializeToString())
 
 
 @dataclass(frozen=True)
@@ -254,24 +247,22 @@ def _size(batch: bool, seen: int, step: int) -> int:
 def _sample(ports: list[_Port], captured: Inputs, sizes: Mapping[str, int], step: int) -> Inputs:
     """The captured inputs with random values, at these sizes and else at the captured ones."""
     generator = torch.Generator().manual_seed(step)
-    drawn = []
+    values = []
     for port in ports:
-        shape = [
-            size if isinstance(size, int) else sizes.get(size, seen)
-            for size, seen in zip(port.sizes or port.seen.shape, port.seen.shape, strict=True)
-        ]
-        drawn.append(_values(port, shape, generator, padded=step % 2 == 1).to(port.seen.device))
-    values = iter(drawn)
-    return captured.map(lambda _: next(values))
+        pairs = zip(port.sizes or port.seen.shape, port.seen.shape, strict=True)
+        shape = [size if isinstance(size, int) else sizes.get(size, seen) for size, seen in pairs]
+        values.append(_values(port, shape, generator, padded=step % 2 == 1).to(port.seen.device))
+    drawn = iter(values)
+    return captured.map(lambda _: next(drawn))
 
 
 def _values(port: _Port, shape: list[int], generator: torch.Generator, padded: bool) -> Tensor:
     if port.seen.is_floating_point() or port.spec.high is not None:
         return port.spec.sample(shape, generator)
-    if "mask" in port.spec.name:
-        mask = torch.ones(shape, dtype=port.seen.dtype)
-        if padded and len(shape) > 1:
-            mask[-1, ..., shape[-1] - shape[-1] // 4 :] = 0  # the last row ends in padding
+    if "mask" in port.spec.name and port.seen.numel():
+        mask = torch.full(shape, bool(port.seen.double().mean() >= 0.5)).to(port.seen.dtype)
+        if padded and len(shape) > 1 and port.seen.dtype != torch.bool:  # in masks of bools, True may be what is padded
+            mask[-1, ..., shape[-1] - shape[-1] // 4 :] = 0
         return mask
     low, high = (int(port.seen.min()), int(port.seen.max())) if port.seen.numel() else (0, 0)
     return torch.randint(low, high + 1, shape, generator=generator).to(port.seen.dtype)
@@ -285,13 +276,13 @@ def _to_runtime(tensor: Tensor) -> Any:
 
 
 def _to_torch(value: Any) -> Tensor:
-    tensor: Tensor = torch.from_dlpack(value)
+    tensor: Tensor = from_dlpack(value)
     return tensor.bool() if value.data_type() == "tensor(bool)" else tensor  # DLPack has bools as bytes
 
 
 def _dtype(kind: str) -> torch.dtype:
-    inner = kind.removeprefix("tensor(").removesuffix(")")
-    found = _DTYPES.get(inner) or getattr(torch, inner, None)
+    name = re.sub(r"tensor\((.*)\)", r"\1", kind)
+    found = getattr(torch, name, None)  # float and double are aliases in torch too
     if not isinstance(found, torch.dtype):
         raise ExportError(f"The ONNX model has an input of type {kind}, which no torch tensor has: convert the model.")
     return found

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,24 @@ from sarac.ir.plan import Plan
 from sarac.ir.weight import oriented
 
 FORMAT = 1
+_UNKNOWN = (-1, -1)  # the shape of a weight that is not at hand
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Adapters = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a model.pt holds: recipe, plan, input spec and flags as JSON, base tensors by name, adapters by site and role."""
+    """What a model.pt holds: recipe, plan, input spec and flags as JSON, base tensors by name, adapters by site and role.
+
+    `buffers` are those that no state dict has: rebuilt, they would lack what a cast of the model did to them.
+    """
 
     recipe: Mapping[str, Any]
     plan: Plan
     inputs: str
     flags: Mapping[str, bool]
     base: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
     adapters: Adapters
 
 
@@ -58,6 +64,7 @@ def write_model(path: str | Path, saved: Saved) -> None:
         "inputs": saved.inputs,
         "flags": json.dumps(dict(saved.flags)),
         "base": dict(saved.base),
+        "buffers": dict(saved.buffers),
         "adapters": saved.adapters,
     }
     written(path, lambda aside: torch.save(content, aside))
@@ -70,21 +77,28 @@ def read_model(path: str | Path) -> Saved:
         raise CheckpointError(f"{path} is a torch file, but no model.pt of sarac's. Write one with sarac.save(model, path).")
     _require_readable(path, content["sarac"], content.get("parametrisation"))
     try:
-        return Saved(
+        saved = Saved(
             recipe=json.loads(content["recipe"]),
             plan=Plan.from_json(content["plan"]),
             inputs=content["inputs"],
             flags=json.loads(content["flags"]),
             base=content["base"],
+            buffers=content["buffers"],
             adapters=content["adapters"],
         )
     except KeyError as error:
         raise CheckpointError(f"{path} is a model.pt without its entry {error}: it is damaged; write it again.") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is a model.pt whose JSON is damaged: {error}. Write it again.") from error
+    _require_complete(path, saved.plan, saved.adapters, given=())
+    return saved
 
 
-def read_pickle(path: str | Path) -> nn.Module:
-    """A module that torch.save(model) pickled. Opening it runs whatever code it names: only for files you trust."""
-    content = torch.load(path, weights_only=False)
+def read_pickle(path: str | Path) -> nn.Module | None:
+    """A module that torch.save(model) pickled, None for a model.pt. Opening it runs whatever code it names."""
+    content = _torch_load(Path(path), trusted=True)
+    if isinstance(content, dict) and "sarac" in content:
+        return None
     if not isinstance(content, nn.Module):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a pickled module.")
     return content
@@ -123,7 +137,12 @@ def read_adapter(path: str | Path) -> SavedAdapter:
             adapters.setdefault(site, {})[role] = tensor
         else:
             further[name.removeprefix("also_train.")] = tensor
-    return SavedAdapter(Plan.from_json(metadata["plan"]), json.loads(metadata["base"]), adapters, further)
+    try:
+        saved = SavedAdapter(Plan.from_json(metadata["plan"]), json.loads(metadata["base"]), adapters, further)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is an adapter whose metadata is damaged ({error}): write it again.") from error
+    _require_complete(path, saved.plan, adapters, given=("u", "v"))
+    return saved
 
 
 def tensors_of(model: nn.Module) -> Adapters:
@@ -146,18 +165,33 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Give `model` these tensors by name, taking their dtypes, keeping ties; names or shapes that differ are an error."""
+def loose_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model that its state dict leaves out."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], where: str, loose: Mapping[str, Tensor] | None = None) -> None:
+    """Give `model` these tensors by name, taking their dtypes, keeping ties; names or shapes that differ are an error.
+
+    `loose` are buffers outside the state dict: the model need not have them.
+    """
     present = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     expected = set(model.state_dict())
     odd = sorted(expected.symmetric_difference(state))
     if odd:
         side = "lacks" if odd[0] in expected else "has"
-        raise CheckpointError(f"{where} does not fit {type(model).__name__}: it {side} {odd[0]} ({len(odd)} names differ).")
+        raise CheckpointError(
+            f"{where} does not fit {type(model).__name__}: it {side} {odd[0]} ({len(odd)} names differ). A model that was "
+            "changed after it was built is built by you and given, load(path, model=module)."
+        )
     for name, tensor in state.items():
         if present[name].shape != tensor.shape:
             raise CheckpointError(f"{where} does not fit: {name} is {tuple(tensor.shape)}, not {tuple(present[name].shape)}.")
+    for name, tensor in state.items():
         present[name].data = tensor
+    for name in set(loose or {}).intersection(present):
+        present[name].data = (loose or {})[name]
 
 
 def base_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -194,17 +228,20 @@ def written(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(Path(name))
         Path(name).chmod(0o644)
         Path(name).replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{target} cannot be written: {getattr(error, 'strerror', None) or reason}.") from error
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path, trusted: bool = False) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: give the path of a model.pt.")
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of what is no pickle
+            return torch.load(path, weights_only=not trusted, map_location="cpu")
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "global" in str(error):
             raise CheckpointError(
@@ -212,9 +249,24 @@ def _torch_load(path: Path) -> Any:
                 "the file, open it with load(path, trust_pickle=True) or --trust-pickle."
             ) from error
         raise CheckpointError(f"{path} is not a model.pt: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # random bytes are a program to the unpickler: it may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}. It is truncated or no torch file; write it again.") from error
+
+
+def _require_complete(path: str | Path, plan: Plan, adapters: Adapters, given: tuple[str, ...]) -> None:
+    """Refuse a file that lacks a tensor of its plan, or has it in another shape: it would start afresh in silence.
+
+    The roles in `given` are computed from the weight where they do not train.
+    """
+    for site, adapter in plan.sites.items():
+        found = {role: tuple(tensor.shape) for role, tensor in adapters.get(site, {}).items()}
+        wanted = adapter.shapes(*_UNKNOWN)
+        lost = [role for role in wanted if role not in found and (role in adapter.trainable or role not in given)]
+        odd = [role for role in found if role not in wanted or (_UNKNOWN[0] not in wanted[role] and wanted[role] != found[role])]
+        if lost or odd:
+            what = f"lacks the {lost[0]}" if lost else f"has another {odd[0]} than its plan"
+            raise CheckpointError(f"{path} {what} of {site}: it is damaged; write it again.")
 
 
 def _require_readable(path: str | Path, version: int, parametrisation: str | None) -> None:

@@ -24,7 +24,7 @@ from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
-from sarac.ir.record import __version__, record_of
+from sarac.ir.record import __version__, inputs_of, record_of
 from sarac.passes.fold import Fold
 from sarac.surgery import disabled
 from sarac.trace import trace
@@ -128,7 +128,11 @@ def export(
         del session
         seconds = {"export": exported - started, "verify": time.perf_counter() - exported}
         merged = plan is not None and not routed
-        verification = {"merged": merged, "comparisons": [asdict(row) for row in comparisons]}
+        verification = {
+            "merged": merged,
+            "comparisons": [asdict(row) for row in comparisons],
+            "surviving_delta": {site: facts.surviving_delta for site, facts in graph.folded.items()},
+        }
         onnx.write_metadata(folder / target.name, {"sarac.verification": json.dumps(verification)})
         placed = tuple(_place(file, target.parent / file.name) for file in reversed(files))
     return ExportReport(target, placed[::-1], merged, routed, comparisons, graph.folded, seconds)
@@ -141,7 +145,8 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
     metadata = onnx.read_metadata(target)
     weights = adapted_weights(model)
     base = base_hashes(weights)["float32"] if weights else ""
-    if metadata.get("sarac.base", "") != base:
+    # A plain model may be this very one, folded: its outputs tell.
+    if weights and metadata.get("sarac.base", "") != base:
         raise CheckFailed(f"{target} was exported from another base than this model's. Export the model again.")
     started = time.perf_counter()
     comparisons = _compare(model, model, runtime.Session(target, provider), spec, inputs)
@@ -201,8 +206,7 @@ def _widened(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:
     """The inputs to capture on and their spec: given ones, those of the model's input spec, or transformers' token ids."""
-    record = record_of(model)
-    kept = InputSpec.from_json(record.inputs) if record and record.inputs else None
+    kept = InputSpec.from_json(inputs_of(model)) if inputs_of(model) else None
     if isinstance(example, InputSpec):
         kept, example = example, None
     if example is not None:
@@ -234,6 +238,8 @@ def _metadata(model: nn.Module) -> dict[str, str]:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A folder beside the target, gone afterwards."""
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder: name a file in it, for example {target / 'model.onnx'}.")
     try:
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:

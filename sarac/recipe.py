@@ -30,6 +30,7 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
             "class": type(model).__name__,
             "config": json.loads(model.config.to_json_string(use_diff=False)),
             "generation": None if generation is None else json.loads(generation.to_json_string(use_diff=False)),
+            "attention": _attention(model.config),
             "source": str(getattr(model.config, "_name_or_path", "") or ""),
         }
     return {"kind": "memory", "class": f"{type(model).__module__}.{type(model).__qualname__}"}
@@ -110,11 +111,20 @@ def _from_transformers(recipe: Mapping[str, Any]) -> nn.Module:
         raise CheckpointError(
             f"This transformers ({transformers.__version__}) has no model class {recipe['class']!r}: upgrade it."
         )
-    model = kind(kind.config_class.from_dict(dict(recipe["config"])))
+    config = kind.config_class.from_dict(dict(recipe["config"]))
+    if recipe.get("attention"):
+        config._attn_implementation = recipe["attention"]
+    model = kind(config)
     if recipe.get("generation"):
         model.generation_config = transformers.GenerationConfig.from_dict(recipe["generation"])
     model.config._name_or_path = recipe.get("source", "")
     return model
+
+
+def _attention(config: Any) -> str | None:
+    """The attention that the model computes with, which its config does not write down; None for one not found everywhere."""
+    chosen = getattr(config, "_attn_implementation", None)
+    return chosen if chosen in ("eager", "sdpa") else None
 
 
 def _call(factory: Callable[..., Any], what: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sarac.ir.adapters import Sara, trainable_count
-from sarac.ir.errors import CheckpointError
+from sarac.ir.errors import CheckpointError, SpectrumError
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.spectrum import Spectrum
 
@@ -34,9 +34,10 @@ class Analysis:
 
     def spectrum(self, name: str) -> Spectrum:
         """The spectrum of this weight, by any of its names."""
-        found = self.graph.site(name).spectrum
-        assert found is not None
-        return found
+        site = self.graph.site(name)
+        if site.spectrum is None:
+            raise SpectrumError(f"{site.name} was not measured: take it into `where`.")
+        return site.spectrum
 
     def ranks(self, threshold: float | None = None) -> dict[str, int]:
         """The rank of every measured weight at a threshold (default: the analysis's own)."""
@@ -117,6 +118,8 @@ class Analysis:
         if len(lines) <= 20:
             axes.legend(fontsize=8, frameon=False, ncols=2)
         try:
+            if Path(path).is_dir():  # matplotlib would write beside it, under its name with an ending
+                raise IsADirectoryError("it is a folder")
             figure.savefig(path, dpi=140)
         except (OSError, ValueError) as error:
             raise CheckpointError(

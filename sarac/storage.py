@@ -2,12 +2,14 @@
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from sarac.checkpoint import (
     base_hashes,
     base_state,
     fill,
+    loose_buffers,
     read_adapter,
     read_model,
     read_pickle,
@@ -32,7 +35,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
-from sarac.ir.record import FOLDER_FILE, Record, attach, record_of
+from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of
 from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 from sarac.recipe import open_model, rebuild, recipe_of
@@ -44,7 +47,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
     """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact."""
     record = record_of(model) or Record(Plan({}))
-    inputs = record.inputs
+    inputs = inputs_of(model)
     if isinstance(example_inputs, InputSpec):
         inputs = example_inputs.to_json()
     elif example_inputs is not None:
@@ -52,7 +55,8 @@ def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> N
     weights = adapted_weights(model)
     plan = replace(record.plan, base=base_hashes(weights)["float32"] if weights else "")
     flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    write_model(path, Saved(recipe_of(model), plan, inputs, flags, base_state(model), tensors_of(model)))
+    saved = Saved(recipe_of(model), plan, inputs, flags, base_state(model), loose_buffers(model), tensors_of(model))
+    write_model(path, saved)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle: bool = False) -> nn.Module:
@@ -62,17 +66,19 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle
     name of the factory, `package.module:function`, where opening the file would run one. `trust_pickle` opens a pickled module.
     """
     if Path(path).is_dir():
-        return _load_folder(Path(path))
-    if trust_pickle:
-        return read_pickle(path)
+        return _load_folder(Path(path), model)
+    pickled = read_pickle(path) if trust_pickle else None
+    if pickled is not None:
+        return pickled.eval()
     saved = read_model(path)
     plain = rebuild(saved.recipe, model)
-    fill(plain, saved.base, str(path))
+    fill(plain, saved.base, str(path), saved.buffers)
+    keep_inputs(plain, saved.inputs)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(saved.flags.get(name, parameter.requires_grad))
     if not saved.plan.sites:
         return plain.eval()
-    return _with_adapters(plain, saved.plan, saved.adapters, inputs=saved.inputs).eval()
+    return _with_adapters(plain, saved.plan, saved.adapters).eval()
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -> None:
@@ -107,9 +113,11 @@ def load_adapter(model: Model, path: str | Path, *, force: bool = False) -> Mode
     _require_base(str(path), saved, weights, force)
     result = _with_adapters(model, saved.plan, saved.adapters, graph=graph)
     parameters = dict(result.named_parameters())
-    with torch.no_grad():
-        for name, tensor in saved.also_trained.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in saved.also_trained.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            there = tuple(parameters[name].shape) if name in parameters else "none"
+            raise CheckpointError(f"{path} does not fit: it trained {name} as {tuple(tensor.shape)}, and here is {there}.")
+        parameters[name].data.copy_(tensor)
     return result
 
 
@@ -141,38 +149,45 @@ def _with_adapters(
     model: Model,
     plan: Plan,
     adapters: Mapping[str, Mapping[str, Tensor]],
-    *,
-    inputs: str = "",
     graph: ModelGraph | None = None,
 ) -> Model:
     """A copy of `model` with these adapters; their tensors keep the dtypes of the file, factors take the weight's."""
     graph = graph or trace(model)
     graph = run(graph, Choose(plan), check=False)
-    given = {
-        site: {role: t.to(graph.sites[site].dtype) if role in ("u", "v") else t for role, t in roles.items()}
-        for site, roles in adapters.items()
-    }
-    result = run(graph, Rewrite(given=given), check=False).module
-    record = record_of(result)
-    assert record is not None
-    attach(result, replace(record, inputs=inputs))
-    return result  # type: ignore[return-value]  # the same class as `model`
+    given: Adapters = defaultdict(dict)
+    for site, adapter in plan.sites.items():
+        # In the order of every other way to them: an optimiser's saved state knows parameters by their order alone.
+        for role in (role for role in adapter.shapes(*graph.site(site).shape) if role in adapters.get(site, {})):
+            tensor = adapters[site][role]
+            given[site][role] = tensor.to(graph.site(site).dtype) if role in ("u", "v") else tensor
+    return run(graph, Rewrite(given=given), check=False).module  # type: ignore[return-value]  # the same class as `model`
 
 
-def _load_folder(folder: Path) -> nn.Module:
-    """The adapted model in a folder of save_pretrained."""
-    config = folder / "config.json"
-    if not (folder / FOLDER_FILE).is_file() or not config.is_file():
+def _load_folder(folder: Path, model: nn.Module | str | None) -> nn.Module:
+    """The adapted model in a folder of save_pretrained; a plain one that was saved over it, or beside it, opens as it is."""
+    entries = _json(folder / "config.json")
+    if entries.pop(FOLDER_MARK, None) is None:
         return open_model(str(folder))
     plan = Plan.load(folder / FOLDER_FILE)
-    entries = json.loads(config.read_text(encoding="utf-8"))
-    entries.pop("transformers_weights", None)
     name = (entries.get("architectures") or [""])[0]
-    plain = rebuild({"kind": "transformers", "class": name, "config": entries, "source": str(folder)})
+    recipe = {"kind": "transformers", "class": name, "config": entries, "source": str(folder)}
+    plain = rebuild({**recipe, "generation": _json(folder / "generation_config.json")}, model)
     state: dict[str, Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        state |= load_file(shard)
+    try:
+        for shard in sorted(folder.glob("model*.safetensors")):
+            state |= load_file(shard)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard} cannot be read: {error}. It may be truncated; write it again.") from error
     return _fill_folder(plain, plan, state, folder)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one where there is no file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}. Write the folder again.") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder: Path) -> nn.Module:

@@ -2,15 +2,13 @@
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sarac.ir import check
 from sarac.ir.errors import InputError, RewriteError, SaracWarning
@@ -19,7 +17,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
-from sarac.ir.record import attach, record_of
+from sarac.ir.record import keep_inputs
 from sarac.ir.terms import observing
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
@@ -29,8 +27,6 @@ from sarac.report import Analysis
 from sarac.trace import trace
 
 Model = TypeVar("Model", bound=nn.Module)
-# A rate this many times below the recommended one hardly moves a relative shift in a usual run.
-_TOO_LOW = 10.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,7 @@ def transform(
         measure = [Analyze(names=frozenset(chosen_sites(graph, where)))]
     graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:
-        record = record_of(graph.module)
-        assert record is not None
-        attach(graph.module, replace(record, inputs=InputSpec.of(graph.example_inputs).to_json()))
-    _watch_learning_rates()
+        keep_inputs(graph.module, InputSpec.of(graph.example_inputs).to_json())
     return graph.module  # type: ignore[return-value]  # the same class as `model`, by construction
 
 
@@ -123,10 +116,12 @@ def fold(
         graph = run(graph, Fold())
         outcome = FoldReport(graph.folded)
     else:
-        graph = run(graph, Fold(gates=mean_gates(adapted, batches)), check=False)
+        gates = mean_gates(adapted, batches)
+        graph = run(graph, Fold(gates=gates), check=False)
         outcome = FoldReport(graph.folded, _model_error(graph.module, adapted, batches))
         lost = f"relative output error {outcome.approximation:.3g} on the calibration inputs"
-        _warn(f'fold(routing="mean") fixes gates that depend on the input: {lost}.')
+        if gates:
+            _warn(f'fold(routing="mean") fixes gates that depend on the input: {lost}.')
     return (graph.module, outcome) if report else graph.module  # type: ignore[return-value]
 
 
@@ -184,27 +179,3 @@ def _model_error(merged: nn.Module, model: nn.Module, batches: Sequence[Inputs])
 
 def _warn(sentence: str) -> None:
     warnings.warn(sentence, SaracWarning, stacklevel=3)
-
-
-_watching: list[Any] = []
-_seen: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
-
-
-def _watch_learning_rates() -> None:
-    """Warn once an optimiser about a rate far below the recommended one: the shifts would not move and nobody would tell."""
-    if not _watching:
-        _watching.append(register_optimizer_step_pre_hook(_check_rates))
-
-
-def _check_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _seen:
-        return
-    _seen.add(optimizer)
-    for group in optimizer.param_groups:
-        wanted = min((p._sara_lr for p in group["params"] if hasattr(p, "_sara_lr")), default=0.0)
-        peak = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))  # a warm-up begins near zero
-        if peak * _TOO_LOW <= wanted:
-            _warn(
-                f"The learning rate {peak:g} is {wanted / peak if peak else float('inf'):.0f} times below the recommended "
-                f"{wanted:g}: relative shifts hardly move at it. Give the optimiser sarac.recommended_lr(model)."
-            )

@@ -1,0 +1,128 @@
+"""What the commands take: their options, each with its help, and what becomes of the words: a model, an input spec."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from torch import nn
+
+from sarac import storage
+from sarac.ir.errors import CheckpointError, InputError
+from sarac.ir.inputs import InputSpec
+from sarac.ir.record import FOLDER_FILE, __version__
+from sarac.recipe import open_model
+
+_MODEL = "A transformers folder or hub name, timm:NAME, package.module:factory, or a model.pt of sarac's."
+_ARGS = "Keyword arguments for what builds MODEL, for example '{\"width\": 8}'."
+_FACTORY = "The factory behind a model.pt: opening a file must not run code that you did not name."
+_TRUST = "Open MODEL even if it is a pickled module, which runs code that stands in the file."
+_WHERE = "Only weights of these names, such as '*.q_proj.weight'; repeatable. Default: all but output heads and embeddings."
+_ALSO = "Further parameters that train whole, such as '*norm*'; repeatable."
+_PLAN = "threshold:0.6, energy:0.9, rank:16, budget:0.5% or budget:1000, options behind (',min=4'); or a plan's JSON file."
+_METHOD = "sara trains a shift for each singular value; mosara several, and a router that mixes them."
+_SPECS = "An input of the model, name:dtype[sizes], such as x:float32[2,16] or ids:int64[2,16]<100; repeatable."
+_ROUTING = "mean: fix the gates of routed adapters at their mean over --calibration, an approximation."
+_CALIBRATION = "JSONL for --routing: rows with text, or a call's inputs by name."
+_TOKENIZER = "The tokenizer's folder, where MODEL or its recipe names none."
+_DATA = "JSONL: rows with text, or with prompt and completion, of which the completion alone is learnt."
+_EVAL = "JSONL on which the loss is measured before and after."
+_LR = "Default: what sarac.recommended_lr gives for the adapters."
+_OPSET = "The ONNX operator set to write."
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sarac {__version__}")
+        raise typer.Exit
+
+
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+Version = Annotated[bool, _VERSION]
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
+Args = Annotated[str | None, typer.Option("--args", metavar="JSON", help=_ARGS)]
+Factory = Annotated[str | None, typer.Option("--model", metavar="MODULE:FACTORY", help=_FACTORY)]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+ModelOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The model.pt to write.")]
+FoldOut = Annotated[Path, typer.Option("--out", metavar="PATH", help="A new folder (transformers models), or a .pt file.")]
+PlanOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON too, to read and to edit.")]
+OnnxFile = Annotated[Path, typer.Argument(metavar="ONNX", help="The ONNX file.")]
+Where = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_WHERE)]
+AlsoTrain = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_ALSO)]
+Plan = Annotated[str, typer.Option(metavar="RULE", help=_PLAN)]
+NewPlan = Annotated[str | None, typer.Option(metavar="RULE", help=f"{_PLAN} Default for a plain MODEL: threshold:0.6.")]
+Method = Annotated[Literal["sara", "mosara"], typer.Option(help=_METHOD)]
+NewMethod = Annotated[Literal["sara", "mosara"] | None, typer.Option(help=f"{_METHOD} Default for a plain MODEL: sara.")]
+Specs = Annotated[list[str] | None, typer.Option("--input", metavar="SPEC", help=_SPECS)]
+Seed = Annotated[int, typer.Option(help="Where all that is random starts.")]
+Routing = Annotated[Literal["mean"] | None, typer.Option(help=_ROUTING)]
+Calibration = Annotated[Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help=_CALIBRATION)]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help=_TOKENIZER)]
+Provider = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ONNX Runtime runs the file that is checked.")]
+Merge = Annotated[bool | None, typer.Option("--merge/--routed", help="Insist on merging all; or write all as subgraphs.")]
+Opset = Annotated[int, typer.Option(help=_OPSET)]
+Threshold = Annotated[float, typer.Option(help="The share of the singular values' sum that k reaches, in (0, 1].")]
+Sites = Annotated[bool, typer.Option("--sites", help="A row for each weight, and the reason for each left out.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw k against depth to a .png, .svg or .pdf.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help=_DATA)]
+EvalData = Annotated[Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help=_EVAL)]
+Steps = Annotated[int | None, typer.Option(min=1, help="How many steps; else --epochs says it.")]
+Epochs = Annotated[float | None, typer.Option(min=0.001, help="How many times through the data. Default: 1.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a row that are kept, at most what the model takes.")]
+Rate = Annotated[float | None, typer.Option(min=0.0, help=_LR)]
+
+
+def opened(source: str, args: str | None, factory: str | None, trust_pickle: bool) -> nn.Module:
+    """The model that the words name; BadParameter where they do not go together."""
+    arguments, path = _object(args), Path(source)
+    if path.is_file() or path.suffix in (".pt", ".pth") or (path / FOLDER_FILE).is_file():
+        if arguments is not None and factory is None:
+            raise typer.BadParameter(f"{source} knows its arguments itself: leave it out, or name --model.", param_hint="--args")
+        model = factory if factory is None or arguments is None else open_model(factory, arguments)
+        return storage.load(path, model, trust_pickle=trust_pickle)
+    if factory is not None:
+        raise typer.BadParameter(f"it goes with a model.pt: name {factory} in place of {source}.", param_hint="--model")
+    return open_model(source, arguments)
+
+
+def spec_of(texts: list[str] | None) -> InputSpec | None:
+    """The input spec that the texts describe; None without any."""
+    try:
+        return InputSpec.parse(texts) if texts else None
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--input") from error
+
+
+def require_place(*paths: Path | None) -> None:
+    """Refuse output files that cannot be written before the work, and not after an hour of it."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder: name a file, for example {path / 'model.pt'}.")
+        if not os.access(path.parent, os.W_OK):
+            raise CheckpointError(f"{path} cannot be written: choose a folder that exists and is yours.")
+
+
+def require_new(folder: Path) -> None:
+    """Refuse an output folder that has something in it."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is no empty folder: name a new one, so that nothing in it is lost.")
+    if not os.access(folder.absolute().parent, os.W_OK):
+        raise CheckpointError(f"{folder} cannot be written: choose a place that exists and is yours.")
+
+
+def _object(text: str | None) -> dict[str, object] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"no JSON ({error}): write an object, '{{\"width\": 8}}'.", param_hint="--args") from error
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"a JSON {type(found).__name__}: write an object, '{{\"width\": 8}}'.", param_hint="--args")
+    return found

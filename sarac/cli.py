@@ -1,0 +1,297 @@
+"""The command line: every command opens a model, calls one function of the face, and says what came of it.
+
+Exit status: 0 done; 1 a check failed, or the data are at fault, and nothing is left at the output path; 2 wrong use, which
+a rule, a glob or a plan that does not fit the model is too.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+import typer
+from rich.table import Table
+from torch import nn
+
+from sarac import arguments as take
+from sarac import doctor as diagnosis
+from sarac import emit, storage, surgery, text
+from sarac.checkpoint import tensors_of, written
+from sarac.ir.errors import CheckpointError
+from sarac.ir.record import record_of
+from sarac.passes.choose import chosen_sites
+from sarac.report import Analysis
+from sarac.terminal import Commands, busy, meter, show
+from sarac.trace import trace
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # "[2,16]" is no markup; and the boxes leave the words no room
+    add_completion=False,
+    pretty_exceptions_enable=False,  # what is not meant to happen keeps its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    # Python gives a console script its own folder for a path: a factory in the working directory is to be found as well,
+    # and last, lest a folder here that is called like a library takes its place.
+    sys.path.append("")
+    app()
+
+
+@app.callback()
+def _common(version: take.Version = False) -> None:
+    """Model surgery for PyTorch: threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
+
+
+@app.command(epilog="Example: sarac analyze HuggingFaceTB/SmolLM2-135M --threshold 0.6")
+def analyze(
+    model: take.Source,
+    threshold: take.Threshold = 0.6,
+    where: take.Where = None,
+    sites: take.Sites = False,
+    plot: take.Plot = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Show the threshold rank k of every linear weight of a model."""
+    take.require_place(plot)
+    opened = take.opened(model, args, factory, trust_pickle)
+    with meter("Measuring", len(chosen_sites(trace(opened), where or None))) as step:
+        analysis = surgery.analyze(opened, threshold=threshold, where=where or None, progress=step)
+    if plot is not None:
+        analysis.plot(plot)
+    show(as_json, analysis.to_json(), analysis.table(by_site=sites), *_left_out(analysis, sites))
+
+
+@app.command(epilog="Example: sarac transform ./llama --plan threshold:0.6 --out model.pt")
+def transform(
+    model: take.Source,
+    out: take.ModelOut,
+    plan: take.Plan = "threshold:0.6",
+    method: take.Method = "sara",
+    where: take.Where = None,
+    also_train: take.AlsoTrain = None,
+    seed: take.Seed = 0,
+    specs: take.Specs = None,
+    plan_out: take.PlanOut = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Put adapters on a model's linear weights. Until it is trained it computes the same to the last bit."""
+    take.require_place(out, plan_out)
+    spec = take.spec_of(specs)
+    opened = take.opened(model, args, factory, trust_pickle)
+    chosen: dict[str, Any] = {"method": method, "where": where or None, "also_train": also_train or None, "seed": seed}
+    with busy("Transforming"):
+        result = surgery.transform(opened, plan, example_inputs=spec and spec.sample(), **chosen)
+    storage.save(result, out, example_inputs=spec)
+    record = record_of(result)
+    if plan_out is not None and record is not None:
+        written(plan_out, record.plan.save)
+    facts = _facts(result, out)
+    show(as_json, json.dumps({**facts, "plan": plan, "method": method}), _sentence(facts))
+
+
+@app.command(epilog="Example: sarac finetune ./llama --data train.jsonl --out model.pt")
+def finetune(
+    model: take.Source,
+    data: take.Data,
+    out: take.ModelOut,
+    plan: take.NewPlan = None,
+    method: take.NewMethod = None,
+    where: take.Where = None,
+    steps: take.Steps = None,
+    epochs: take.Epochs = None,
+    batch_size: take.BatchSize = 8,
+    length: take.Length = 256,
+    lr: take.Rate = None,
+    eval_data: take.EvalData = None,
+    tokenizer: take.Tokenizer = None,
+    seed: take.Seed = 0,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Train a model's adapters on text. A plain model is transformed first; a model.pt with adapters is trained on."""
+    from sarac import finetune as training  # Trainer takes two seconds to import, which no other command is to wait for
+
+    take.require_place(out)
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter("--steps says it already: give one of the two.", param_hint="--epochs")
+    opened = take.opened(model, args, factory, trust_pickle)
+    training.require_language_model(opened)
+    words = text.tokenizer_of(opened, tokenizer)
+    vocabulary = text.vocabulary_of(opened, words)
+    longest = min(length, getattr(getattr(opened, "config", None), "max_position_embeddings", None) or length)
+    rows = text.read_rows(data, words, longest, vocabulary)
+    evaluation = text.read_rows(eval_data, words, longest, vocabulary) if eval_data else None
+    with busy("Preparing"):
+        result = training.with_adapters(opened, plan, method, where or None, seed)
+    options = training.Options(steps, epochs or 1.0, batch_size, lr, seed)
+    outcome = training.finetune(result, rows, evaluation, options, meter)
+    storage.save(result, out, example_inputs=text.token_spec(result, vocabulary))
+    facts = {**_facts(result, out), **outcome.facts(), "length": longest}
+    show(as_json, json.dumps(facts), outcome.table(), _sentence(facts))
+
+
+@app.command(epilog="Example: sarac fold model.pt --out merged/")
+def fold(
+    model: take.Source,
+    out: take.FoldOut,
+    routing: take.Routing = None,
+    calibration: take.Calibration = None,
+    tokenizer: take.Tokenizer = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write a model's adapters into its weights. What comes out is a plain model of the same class and names."""
+    into_file = out.suffix in (".pt", ".pth")
+    take.require_place(out) if into_file else take.require_new(out)
+    opened = take.opened(model, args, factory, trust_pickle)
+    if not into_file and not isinstance(opened, transformers.PreTrainedModel):
+        raise typer.BadParameter(f"a {type(opened).__name__} goes into a file: name one, merged.pt.", param_hint="--out")
+    merged, report = _folded(opened, routing, calibration, tokenizer)
+    if into_file or not isinstance(merged, transformers.PreTrainedModel):
+        storage.save(merged, out)
+    else:
+        _write_folder(merged, out, tokenizer)
+    site, lost = report.worst
+    facts = {"out": str(out), "sites": len(report.sites), "surviving_delta": {"worst_site": site, "lost": lost}}
+    sentence = f"{out}: {len(report.sites)} weights folded; rounding lost at most {lost:.1e} of a delta, at {site}."
+    show(as_json, json.dumps({**facts, "approximation": report.approximation}), sentence)
+
+
+@app.command(epilog="Example: sarac export --merge model.pt out.onnx")
+def export(
+    model: take.Source,
+    onnx: take.OnnxFile,
+    merge: take.Merge = None,
+    opset: take.Opset = 20,
+    specs: take.Specs = None,
+    provider: take.Provider = "cpu",
+    routing: take.Routing = None,
+    calibration: take.Calibration = None,
+    tokenizer: take.Tokenizer = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write a model as ONNX, checked against torch. By default what can be merged is, and the rest stays routed."""
+    take.require_place(onnx)
+    if routing is not None and merge is False:
+        raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
+    spec = take.spec_of(specs)
+    opened = take.opened(model, args, factory, trust_pickle)
+    approximation = 0.0
+    if routing is not None:
+        opened, report = _folded(opened, routing, calibration, tokenizer)
+        merge, approximation = None, report.approximation
+    with busy("Exporting"):
+        written_file = emit.export(opened, onnx, spec, merge=merge, opset=opset, provider=provider)
+    document = {**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation}
+    show(as_json, json.dumps(document), written_file.table(), _verdict(written_file, "written and verified"))
+
+
+@app.command(epilog="Example: sarac verify model.pt out.onnx")
+def verify(
+    model: take.Source,
+    onnx: take.OnnxFile,
+    specs: take.Specs = None,
+    provider: take.Provider = "cpu",
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Hold an ONNX file against its model again, at unseen shapes."""
+    spec = take.spec_of(specs)
+    opened = take.opened(model, args, factory, trust_pickle)
+    with busy("Verifying"):
+        report = emit.verify(opened, onnx, spec, provider=provider)
+    show(as_json, report.to_json(), report.table(), _verdict(report, "verified"))
+
+
+@app.command(epilog="Example: sarac doctor --json")
+def doctor(as_json: take.Json = False) -> None:
+    """Show versions and which providers really load. What is missing comes with the command that mends it."""
+    found = diagnosis.diagnose()
+    faults = [f"{fault}: {remedy}" for fault, remedy in found.faults]
+    show(as_json, found.to_json(), found.table(), *(faults or [found.verdict]))
+
+
+def _folded(
+    model: nn.Module, routing: str | None, calibration: Path | None, tokenizer: str | None
+) -> tuple[nn.Module, surgery.FoldReport]:
+    if (routing is None) != (calibration is None):
+        raise typer.BadParameter("--routing mean and --calibration FILE go together.", param_hint="--calibration")
+    calls = None
+    if calibration is not None:
+        calls = text.read_inputs(calibration, model, cache(lambda: text.tokenizer_of(model, tokenizer)))
+    with busy("Folding"):
+        return surgery.fold(model, routing=routing, calibration=calls, report=True)
+
+
+def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: str | None) -> None:
+    """save_pretrained with the tokenizer beside it; aside first, so that the folder is there whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
+            made = Path(aside) / folder.name
+            model.save_pretrained(made)
+            text.copy_tokenizer(model, made, tokenizer)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _left_out(analysis: Analysis, by_site: bool) -> Iterator[str | Table]:
+    """What was not measured: how many, or each with its reason."""
+    skipped = json.loads(analysis.to_json())["skipped"]
+    if by_site and skipped:
+        table = Table("left out", "why", title_justify="left")
+        for name, reason in skipped.items():
+            table.add_row(name, reason or "not in --where")
+        yield table
+    elif skipped:
+        yield f"Parameters of two or more dimensions that are left out: {len(skipped)} (--sites says why)."
+
+
+def _facts(model: nn.Module, out: Path) -> dict[str, Any]:
+    record = record_of(model)
+    added = sum(tensor.numel() for roles in tensors_of(model).values() for tensor in roles.values())
+    return {
+        "out": str(out),
+        "sites": len(record.plan.sites) if record else 0,
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) - added,
+        "recommended_lr": surgery.recommended_lr(model),
+    }
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    share = facts["trainable"] / facts["parameters"]
+    return (
+        f"{facts['out']}: adapters on {facts['sites']} weights; {facts['trainable']:,} numbers train, {share:.2%} of "
+        f"{facts['parameters']:,}; recommended rate {facts['recommended_lr']:g}."
+    )
+
+
+def _verdict(report: emit.ExportReport, what: str) -> str:
+    return f"{report.path}: {what}; largest error {report.error:.2e} of the outputs' spread, {report.max_error:.2e} absolute."

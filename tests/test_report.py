@@ -1,0 +1,157 @@
+"""The analysis that people look at: its table, its JSON and its plot say what the model is."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from torch import nn
+from zoo import Shared, TiedHead, bert, llama, mlp, require_untouched, snapshot, trainables
+
+import sarac
+from sarac import CheckpointError, PlanError, SpectrumError
+from sarac.ir.record import record_of
+from sarac.report import as_text
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of a table that was printed with box-drawing characters."""
+    lines = (line for line in text.splitlines() if "│" in line)
+    return [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in lines]
+
+
+def test_totals_are_the_sums_of_the_ranks() -> None:
+    model = llama()
+    analysis = sarac.analyze(model, threshold=0.6)
+    assert analysis.trainable == sum(analysis.ranks().values()) > len(analysis.sites)
+    adapted = sarac.transform(model, plan="threshold:0.6")
+    assert analysis.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert sarac.analyze(model, threshold=0.9).trainable > analysis.trainable > sarac.analyze(model, threshold=0.3).trainable
+
+
+def test_ranks_are_those_of_the_plan() -> None:
+    model = bert()
+    adapted = sarac.transform(model, plan="threshold:0.4")
+    analysis = sarac.analyze(model)
+    ranks = {name: adapter.rank for name, adapter in record_of(adapted).plan.sites.items()}
+    assert analysis.ranks(0.4) == ranks
+    assert analysis.ranks() != ranks
+    assert analysis.ranks() == analysis.ranks(0.6)
+
+
+def test_json_says_every_site_and_every_reason() -> None:
+    model = llama()
+    analysis = sarac.analyze(model, threshold=0.5)
+    found = json.loads(analysis.to_json())
+    assert found["threshold"] == 0.5
+    assert found["trainable"] == sum(row["rank"] for row in found["sites"])
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert {row["site"]: row["rank"] for row in found["sites"]} == analysis.ranks()
+    for row in found["sites"]:
+        weight = model.get_parameter(row["site"])
+        assert row["shape"] == list(weight.shape)
+        values = torch.linalg.svdvals(weight.detach().double())
+        assert row["sum"] == pytest.approx(float(values.sum()), rel=1e-9)
+        assert row["largest"] == pytest.approx(float(values[0]), rel=1e-9)
+        assert 1 <= row["ranks"]["0.3"] <= row["rank"] <= row["ranks"]["0.9"] <= row["full_rank"] == min(weight.shape)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    assert {row["site"] for row in found["sites"]} | set(found["skipped"]) == matrices
+    assert all(found["skipped"].values())
+
+
+@pytest.mark.parametrize("by_site", [False, True])
+def test_table_adds_up(by_site: bool) -> None:
+    analysis = sarac.analyze(llama())
+    rows = cells(as_text(analysis.table(by_site)))
+    *body, total = rows
+    sizes = sum(site.shape[0] * site.shape[1] for site in analysis.sites)
+    assert total[0] == "all"
+    assert [total[1], total[-2], total[-1]] == [str(len(analysis.sites)), f"{analysis.trainable:,}", f"{sizes:,}"]
+    for column in (1, -2, -1):
+        assert sum(int(row[column].replace(",", "")) for row in body) == int(total[column].replace(",", ""))
+    assert len(body) == (len(analysis.sites) if by_site else 7)
+
+
+def test_table_tells_kinds_and_spans() -> None:
+    model = mlp(4, 4, 4)
+    model[0].weight.data = torch.eye(4)
+    model[2].weight.data = torch.diag(torch.tensor([9.0, 1.0, 1e-3, 1e-3]))
+    (row, *_) = cells(str(sarac.analyze(nn.ModuleDict({"block": nn.ModuleList([model[0], model[2]])}))))
+    assert row[:6] == ["block.*.weight", "2", "4 x 4", "call", "1–3", "0.50"]
+
+
+def test_text_is_the_table() -> None:
+    analysis = sarac.analyze(TiedHead(8))
+    assert "TiedHead: 1 linear sites" in str(analysis)
+    assert "inner.weight" in str(analysis)
+    assert "\x1b" not in str(analysis)
+
+
+def test_where_limits_the_work() -> None:
+    model, seen = mlp(6, 8, 5), []
+    analysis = sarac.analyze(model, where="2.*", progress=seen.append)
+    assert [site.name for site in analysis.sites] == ["2.weight"] == seen
+    assert "0.weight" in json.loads(analysis.to_json())["skipped"]
+    with pytest.raises(PlanError, match=r"0\.weight"):
+        sarac.analyze(model, where="0.weigth")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.01, -1.0, float("nan")])
+def test_threshold_outside_its_range_is_told(threshold: float) -> None:
+    with pytest.raises(sarac.SaracError, match=f"{threshold:g}"):
+        sarac.analyze(mlp(6, 8), threshold=threshold)
+    with pytest.raises(sarac.SaracError, match=f"{threshold:g}"):
+        sarac.analyze(mlp(6, 8)).ranks(threshold)
+
+
+def test_spectrum_goes_by_any_name() -> None:
+    analysis = sarac.analyze(Shared(6))
+    assert analysis.spectrum("second.weight") is analysis.spectrum("first.weight")
+    with pytest.raises(sarac.TraceError, match="third"):
+        analysis.spectrum("third.weight")
+
+
+def test_spectrum_that_was_not_measured_is_told() -> None:
+    with pytest.raises(sarac.SaracError, match=r"0\.weight"):
+        sarac.analyze(mlp(6, 8, 5), where="2.weight").spectrum("0.weight")
+
+
+def test_model_is_only_read() -> None:
+    model = llama()
+    before = snapshot(model)
+    sarac.analyze(model)
+    require_untouched(model, before)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SpectrumError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        sarac.analyze(model)
+
+
+def test_example_inputs_add_the_dataflow() -> None:
+    model = mlp(6, 8, 5)
+    assert sarac.analyze(model).graph.whole is None
+    assert dict(sarac.analyze(model, example_inputs=torch.randn(2, 6)).graph.whole.calls) == {"0.weight": 1, "2.weight": 1}
+    assert trainables(model) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def colours(path: Path) -> int:
+    """How many different pixels an image has."""
+    return len({tuple(pixel) for row in matplotlib.image.imread(path)[::3, ::3].round(3).tolist() for pixel in row})
+
+
+def test_plot_is_a_picture_of_this_analysis(tmp_path: Path) -> None:
+    sarac.analyze(llama()).plot(tmp_path / "k.png")
+    sarac.analyze(llama(), threshold=0.2).plot(str(tmp_path / "other.png"))
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert colours(tmp_path / "k.png") > 20
+    assert (tmp_path / "k.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    sarac.analyze(nn.Linear(4, 4)).plot(tmp_path / "one.svg")
+    assert "<svg" in (tmp_path / "one.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["nowhere/k.png", "k.nothing", "."])
+def test_plot_that_cannot_be_written_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        sarac.analyze(nn.Linear(4, 4)).plot(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.with_suffix(".png").exists()
