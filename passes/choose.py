@@ -1,13 +1,14 @@
 """Decide: which sites are adapted, by which method, at which rank. The result is the graph's plan."""
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from sarac.ir.adapters import Adapter, build, trainable_count
-from sarac.ir.errors import PlanError, near
+from sarac.ir.errors import PlanError, SaracWarning, near
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.plan import Plan, Rule
 from sarac.ir.spectrum import Spectrum, spectrum
@@ -71,6 +72,8 @@ class Choose:
         zeros = [name for name in spectra if name not in usable]
         if zeros and (self.where is not None or not usable):
             raise PlanError(_zeros(zeros[0]))
+        if zeros:
+            warnings.warn(f"{_zeros(zeros[0])} Left out: {len(zeros)} such weights.", SaracWarning, stacklevel=2)
         return usable
 
     def _further(self, graph: ModelGraph) -> tuple[str, ...]:

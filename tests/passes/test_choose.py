@@ -9,7 +9,7 @@ from torch import nn
 from zoo import Own, Shared, TiedHead, adapt, llama, mlp, trainables
 
 from sarac.ir.adapters import MoSara, Sara
-from sarac.ir.errors import PlanError, SpectrumError
+from sarac.ir.errors import PlanError, SaracWarning, SpectrumError
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.spectrum import spectrum
@@ -105,7 +105,8 @@ def test_model_without_linear_weights_is_told() -> None:
 def test_weight_of_zeros_is_left_out_or_told() -> None:
     model = mlp(6, 5, 4)
     nn.init.zeros_(model[2].weight)
-    assert list(chosen(model).sites) == ["0.weight"]
+    with pytest.warns(SaracWarning, match=r"2\.weight is all zeros.* Left out: 1 such"):
+        assert list(chosen(model).sites) == ["0.weight"]
     for asked in ({"where": "2.weight"}, {"plan": Plan({"2.weight": Sara(2)})}):
         with pytest.raises(PlanError, match=r"2\.weight is all zeros: it has no singular directions to train"):
             chosen(model, **asked)
