@@ -91,7 +91,8 @@ class ExportReport:
 
     def table(self) -> Table:
         """The comparisons as a rich table."""
-        table = Table(title=f"{self.path.name}: {'merged' if self.merged else 'adapters in the graph'}", title_justify="left")
+        kind = "merged" if self.merged else "adapters in the graph" if self.routed else "as it is"
+        table = Table(title=f"{self.path.name}: {kind}", title_justify="left")
         table.add_column("inputs")
         for heading in ("ONNX error", "largest", "merged error", "largest"):
             table.add_column(heading, justify="right")

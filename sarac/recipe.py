@@ -49,6 +49,8 @@ def rebuild(recipe: Mapping[str, Any], model: nn.Module | str | None = None) -> 
                 f'Name it: load(path, model="{target}"), or --model {target} on the command line.'
             )
         return from_factory(target, dict(recipe.get("arguments", {})))
+    if kind == "memory" and model is not None:
+        return from_factory(model, {})
     if model is not None:
         raise CheckpointError(f"The file holds a recipe of kind {kind!r}, not the factory {model!r}: leave `model` out.")
     if kind == "transformers":

@@ -56,7 +56,7 @@ def analyze(
     With example inputs the whole model's dataflow is captured as well. `progress(name)` is called before each weight.
     """
     graph = trace(model, example_inputs)
-    names = frozenset(chosen_sites(graph, where))
+    names = frozenset(chosen_sites(graph, where)) if graph.sites else frozenset[str]()
     return Analysis(run(graph, Analyze(threshold, names, progress), check=False), threshold, names)
 
 

@@ -134,7 +134,10 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan's JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        try:
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"The plan cannot be written to {path}: {error.strerror}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
