@@ -20,15 +20,12 @@ from typing import Any, BinaryIO
 import onnx
 import onnx_ir
 import torch
+import transformers
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.onnx import _flags
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
-from transformers.exporters.configs import OnnxConfig
-from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-from transformers.exporters.exporter_onnx import OnnxExporter
 
 from sarac.backends.runtime import named_leaves
 from sarac.ir.errors import ExportError, InputError
@@ -39,11 +36,9 @@ SHAPES = "sarac.shapes"  # the metadata entry that says whether the shapes are d
 
 # The numbers of onnx.ModelProto's fields, as onnx.proto fixes them.
 _GRAPH, _OPSETS, _METADATA, _FUNCTIONS = 7, 8, 14, 25
-_KNOWN, _NEEDED = {*range(1, 9), _METADATA, 20, _FUNCTIONS, 26}, {_GRAPH, _OPSETS}
-_NODE = 1  # in onnx.GraphProto
+_KNOWN, _NEEDED, _NODE = {*range(1, 9), _METADATA, 20, _FUNCTIONS, 26}, {_GRAPH, _OPSETS}, 1  # the last in GraphProto
 _Field = tuple[int, int, int, int]  # its number, where it starts, where its content starts and ends, in bytes
 _BLOCK = 2**24  # bytes copied at a time
-
 _ATTENTION = "_attn_implementation"  # of a transformers config
 _TRACEABLE = ("eager", "sdpa")  # its values that an exporter can follow
 
@@ -90,7 +85,11 @@ class Onnx:
         # Capturing marks the sizes of the very tensors it is given, also for the attempts that follow.
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (inputs.args, dict(inputs.kwargs)))
         try:
-            if isinstance(model, PreTrainedModel):
+            if isinstance(model, transformers.PreTrainedModel):
+                # Two seconds to import: only who exports waits for it.
+                from transformers.exporters.configs import OnnxConfig
+                from transformers.exporters.exporter_onnx import OnnxExporter
+
                 named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
                 config = OnnxConfig(dynamic=dynamic, opset_version=self.opset, optimize=False)
                 found = OnnxExporter().export(model, named, config)  # type: ignore[no-untyped-call]
@@ -103,7 +102,6 @@ class Onnx:
                 opset_version=self.opset,
                 dynamic_shapes=pytree.tree_map(_free, dict(signature.bind(*args, **kwargs).arguments)) if dynamic else None,
                 optimize=False,
-                verbose=False,
             )
             return _tidy(_named(found.model, inputs, model))
         except Exception as error:
@@ -117,7 +115,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of an ONNX file, whose weights are not read; ExportError if it is damaged or no ONNX file."""
     with _opened(path) as (file, fields):
         found = [_read(file, *content) for number, _, *content in fields if number == _METADATA]
-    return {entry.key: entry.value for entry in map(onnx.StringStringEntryProto.FromString, found)}
+        return {entry.key: entry.value for entry in map(onnx.StringStringEntryProto.FromString, found)}
 
 
 def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -192,8 +190,8 @@ def _exporting(model: nn.Module) -> Iterator[None]:
 
 def _two_rows(model: nn.Module, inputs: Inputs) -> Inputs:
     """The inputs with a second row where all have one and the model takes two: a batch of 1 is captured as a constant."""
-    tensors = [t for t in (*inputs.args, *inputs.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    if tensors and all(tensor.shape[0] == 1 for tensor in tensors):
+    rows = {t.shape[0] for t in (*inputs.args, *inputs.kwargs.values()) if isinstance(t, Tensor) and t.dim()}
+    if rows == {1}:
         wide = inputs.map(lambda t: t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t)
         with contextlib.suppress(InputError):
             wide.call(model)
@@ -204,7 +202,9 @@ def _two_rows(model: nn.Module, inputs: Inputs) -> Inputs:
 
 def _free(value: Any) -> dict[int, Any] | None:
     """The free sizes of an input: all but those of 1, which broadcast."""
-    sizes = get_auto_dynamic_shapes(value) if isinstance(value, Tensor) else None
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes as auto
+
+    sizes = auto(value) if isinstance(value, Tensor) else None
     return sizes and {axis: size for axis, size in sizes.items() if value.shape[axis] != 1}
 
 
@@ -265,7 +265,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, list[_Field]]]:
             yield file, fields
     except OSError as error:
         raise ExportError(f"{error.filename or path}: {error.strerror or error}. Give a file that you may read.") from error
-    except ValueError as error:
+    except Exception as error:  # protobuf's DecodeError has no parent of its own
         raise ExportError(f"{path} is truncated, or no ONNX file: {error}. Export it again.") from error
 
 

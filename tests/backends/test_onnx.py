@@ -330,6 +330,9 @@ def test_files_that_are_no_onnx_get_a_sentence(tmp_path: Path, small: Path) -> N
             with pytest.raises(ExportError, match=r"m\.onnx is truncated, or no ONNX file: .*Export it again"):
                 read(small)
             assert small.read_bytes() == content, name
+    small.write_bytes(whole.replace(b"\x22\x04Gemm", b"\x27\x04Gemm"))
+    with pytest.raises(ExportError, match="is truncated, or no ONNX file"):
+        node_counts(small)
     small.write_bytes(whole)
     assert read_metadata(small) == {"sarac.shapes": "dynamic", "a": "b"}
 
