@@ -53,7 +53,7 @@ class Knobs:
 
 
 FULL = Knobs(40, 4, 128, 12, 32, "In Python, a lambda expression")
-QUICK = Knobs(24, 32, 48, 12, 300, "how do i defnie an anonymus fucntion")
+QUICK = Knobs(30, 16, 40, 12, 200, "how do i remvoe a key from a dictoinary")
 
 
 @dataclass

@@ -10,7 +10,6 @@ import re
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -111,7 +110,7 @@ class Retrieval:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.train, held = (_sentences(texts) for texts in split(self.held_topics, self.seed))
-        self.held = held[: self.held_windows]
+        self.held = self.random.sample(held, min(self.held_windows, len(held)))
         self.queries = [self._mistyped(text) for text in self.held]
 
     def batches(self) -> Iterator[list[str]]:
@@ -166,7 +165,7 @@ def _plain(part: str) -> str:
 
 
 def _sentences(texts: Mapping[str, list[str]]) -> list[str]:
-    """The sentences of 6 to 20 words, each once, without paragraphs that hold an interactive session."""
-    prose = (_plain(part) for parts in texts.values() for part in parts if ">>>" not in part)
+    """The sentences of prose, 6 to 14 words long, each once; code ends in no full stop."""
+    prose = (_plain(part) for parts in texts.values() for part in parts)
     found = (text for part in prose for text in re.split(r"(?<=[.!?]) +(?=[A-Z\"])", part))
-    return list(dict.fromkeys(text for text in found if 6 <= len(text.split()) <= 20))
+    return list(dict.fromkeys(text for text in found if 6 <= len(text.split()) <= 14 and re.match(r"[A-Z][^=>]*[.!?]$", text)))

@@ -56,11 +56,21 @@ def rebuild(recipe: Mapping[str, Any], model: nn.Module | str | None = None) -> 
     if kind == "transformers":
         return _from_transformers(recipe)
     if kind == "timm":
+        _require_local(recipe)
         return from_timm(str(recipe["name"]), dict(recipe.get("arguments", {})))
     raise CheckpointError(
         f"The file holds the weights of a {recipe.get('class', 'module')} that was built in memory, and no recipe for it: "
         "build the module and give it, load(path, model=module)."
     )
+
+
+def _require_local(recipe: Mapping[str, Any]) -> None:
+    """A file's recipe must not make timm read or fetch other files."""
+    name, odd = str(recipe["name"]), set(recipe.get("arguments", {})) & {"checkpoint_path", "pretrained_cfg", "cache_dir"}
+    if ":" in name or odd:
+        raise CheckpointError(
+            f"The file's recipe would have timm fetch {name} with {sorted(odd)}: build it and give it as `model`."
+        )
 
 
 def open_model(text: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:

@@ -203,8 +203,9 @@ def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder:
 
 def _blank(plain: nn.Module, plan: Plan) -> nn.Module:
     """The adapted form of `plain` with tensors of the right shapes: the file's will take their place."""
-    graph = run(trace(plain), Choose(plan), check=False)
-    given = {}
+    graph = trace(plain)
+    plan.require_fits({site.name: site.shape for site in graph.sites.values()})
+    graph, given = replace(graph, plan=plan), {}  # not Choose, which would judge weights that are still to be read
     for name, adapter in plan.sites.items():
         site = graph.sites[name]
         shapes = adapter.shapes(*site.shape)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import Own, adapt, close, differ, mlp, outputs, same, shake
+from zoo import Own, adapt, close, differ, mlp, outputs, shake
 
 import sarac
 from sarac import CheckFailed, ExportError, InputError, NotFoldable, RewriteError

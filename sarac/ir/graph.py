@@ -106,7 +106,6 @@ class Folded:
 
     relative_delta: float
     surviving_delta: float
-    approximation: float = 0.0  # the measured relative output error where a routed site was folded by its mean gates
 
 
 @dataclass(frozen=True)

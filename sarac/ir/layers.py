@@ -186,6 +186,9 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     new = self.__class__.__new__(self.__class__)
     memo[id(self)] = new
     new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    for slot in new.__dict__["_sara"].slots.values():
+        for tensor in slot.tensors(new).values():  # a copied Parameter forgets its attributes
+            tensor.__dict__["_sara_lr"] = slot.adapter.lr
     return new
 
 
