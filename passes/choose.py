@@ -37,6 +37,8 @@ class Choose:
         if given is not None:
             if self.where is not None:
                 raise PlanError("A finished plan names its sites itself: leave `where` out, or edit the plan.")
+            if self.method != "sara":
+                raise PlanError(f"A finished plan names its methods itself: leave method={self.method!r} out, or edit the plan.")
             given.require_fits({site.name: site.shape for site in graph.sites.values()})
             chosen = replace(given, also_train=(*given.also_train, *self._further(graph)))
         else:

@@ -88,15 +88,17 @@ class Rewrite:
 def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot]) -> None:
     """Replace every linear node over these parameters by its adapter's subgraph."""
     matches, _ = linear_nodes(graph, slots)
+    adapted_of: dict[fx.Node, fx.Node] = {}  # a linear node may feed the next one directly
     for match in (match for match in matches if not match.left):
         slot, users = slots[match.param], list(match.node.users)
         _read_base(graph, match, base_attribute(slot.param))
         with graph.inserting_before(match.node.next):
             roles = slot.adapter.shapes(*_SOME_SHAPE)
             read = {role: fx.Proxy(graph.get_attr(slot.attribute(role))) for role in roles}
-            result = slot.adapter.apply(fx.Proxy(match.x), fx.Proxy(match.node), read).node
+            result = slot.adapter.apply(fx.Proxy(adapted_of.get(match.x, match.x)), fx.Proxy(match.node), read).node
         for user in users:
             user.replace_input_with(match.node, result)
+        adapted_of[match.node] = result
     graph.lint()
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +24,12 @@ from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
-from sarac.ir.record import __version__, inputs_of, record_of
+from sarac.ir.record import __version__, inputs_of, record_of, require_whole
 from sarac.passes.fold import Fold
 from sarac.surgery import disabled
 from sarac.trace import trace
 
+_OPSETS = range(18, 26)  # what the exporters underneath can write
 _UNTRAINED = "Its adapters are at their start, or too small for its dtype: train it first, or export the base model itself."
 
 
@@ -117,6 +118,10 @@ def export(
     folds and routes the rest. Without example inputs the model's input spec serves.
     """
     target = Path(path)
+    if opset not in _OPSETS:
+        raise ExportError(
+            f"opset {opset} is not possible: it is one of {_OPSETS.start} to {_OPSETS.stop - 1}; 20 is the default."
+        )
     inputs, spec = _inputs(model, example_inputs)
     started = time.perf_counter()
     graph = _folded(model, merge)
@@ -158,6 +163,7 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
 
 def _folded(model: nn.Module, merge: bool | None) -> ModelGraph:
     graph = ModelGraph(model, trace(model).sites, {})
+    require_whole(model, "export")
     if record_of(model) is None:
         if merge is not None:
             raise RewriteError(f"{type(model).__name__} carries no adapters: there is nothing to merge. Leave `merge` out.")
@@ -172,13 +178,14 @@ def _compare(
     dtype = check.coarsest(model)
     rows = []
     with torch.no_grad(), evaluating(model), evaluating(emitted):
-        wider = _wider(model, dtype) if emitted is not model else None
-        for inputs in runtime.unseen_inputs(spec, session, captured, model=model):
+        unseen = runtime.unseen_inputs(spec, session, captured, model=model)
+        references = _references(model, dtype, unseen) if emitted is not model else [None] * len(unseen)
+        for inputs, reference in zip(unseen, references, strict=True):
             unmerged, merged = inputs.call(model), inputs.call(emitted)
             check.require_finite(merged, "The torch model's output")
             between = check.require_close(merged, unmerged, dtype, "The merged and the adapted torch model")
-            if wider is not None:
-                check.require_merge_keeps(merged, unmerged, _widened(inputs, dtype).call(wider), dtype)
+            if reference is not None:
+                check.require_merge_keeps(merged, unmerged, reference, dtype)
             ours, theirs = runtime.paired(session.run(inputs), unmerged)
             check.require_finite(ours, "The ONNX model's output")
             found = check.require_close(ours, theirs, dtype, "The ONNX model and the adapted torch model")
@@ -193,16 +200,14 @@ def _compare(
     return tuple(rows)
 
 
-def _wider(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """The adapted model in the next wider dtype, as the reference that a merge is judged by."""
+def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) -> list[Any]:
+    """What the adapted model gives in the next wider dtype, by which a merge is judged; the wide copy is gone afterwards."""
     if dtype == torch.float64 or not any(True for _ in adapted(model)):
-        return None
-    return copy.deepcopy(model).to(torch.float64 if dtype == torch.float32 else torch.float32)
-
-
-def _widened(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        return [None] * len(unseen)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    return inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor)
+    wider = copy.deepcopy(model).to(wide)
+    widened = [inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor) for inputs in unseen]
+    return [inputs.call(wider) for inputs in widened]
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:

@@ -35,7 +35,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
-from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of
+from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole
 from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 from sarac.recipe import open_model, rebuild, recipe_of
@@ -46,6 +46,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
     """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact."""
+    require_whole(model, "save")
     record = record_of(model) or Record(Plan({}))
     inputs = inputs_of(model)
     if isinstance(example_inputs, InputSpec):
@@ -86,6 +87,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -
 
     With `factors` U and V are stored as well, so that the adapter also fits its base cast to another precision.
     """
+    require_whole(model, "save")
     record = record_of(model)
     if record is None:
         raise RewriteError(f"{type(model).__name__} carries no adapters: there is none to save. Transform it first.")

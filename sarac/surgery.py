@@ -108,6 +108,8 @@ def fold(
     """
     if routing not in (None, "mean"):
         raise RewriteError(f'routing={routing!r} is unknown: it is "mean", or left out.')
+    if calibration is not None and routing is None:
+        raise InputError('Calibration inputs go with routing="mean": give both, or neither.')
     batches = [Inputs.of(batch) for batch in calibration] if calibration is not None else []
     if routing is not None and not batches:
         raise InputError('routing="mean" needs calibration inputs: give calibration=[inputs, …], each as the model takes them.')

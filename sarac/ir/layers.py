@@ -144,7 +144,13 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        body |= {"__sara_base__": base, "__setattr__": _setter(base, params), "__deepcopy__": _deepcopy, "__copy__": _copy}
+        body |= {
+            "__sara_base__": base,
+            "__setattr__": _setter(base, params),
+            "__delattr__": _deleter(base, params),
+            "__deepcopy__": _deepcopy,
+            "__copy__": _copy,
+        }
         body |= {"__reduce_ex__": _reduce, "extra_repr": _repr(base)}
         for param in params:
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
@@ -180,6 +186,16 @@ def _setter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
         base.__setattr__(self, name, value)
 
     return __setattr__
+
+
+def _deleter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
+    def __delattr__(self: nn.Module, name: str) -> None:  # noqa: N807
+        if name in params:
+            site = self.__dict__["_sara"].slots[name].site
+            raise WeightError(f"{site} is adapted and cannot be taken off its module: fold the model first (sarac.fold).")
+        base.__delattr__(self, name)
+
+    return __delattr__
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -47,6 +47,8 @@ class Rule:
             name, equals, value = part.partition("=")
             if not equals or not value:
                 raise PlanError(f"The option {part!r} in the rule {text!r} is not understood: write name=value.")
+            if name.strip() in options:
+                raise PlanError(f"The option {name.strip()!r} stands twice in the rule {text!r}: leave one out.")
             options[name.strip()] = value.strip()
         low, high = (_whole(name, options.pop(name, None)) for name in ("min", "max"))
         rule = cls(match[1], _number(match[2]), bool(match[3]), 1 if low is None else low, high, options)

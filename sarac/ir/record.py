@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sarac.ir.errors import SaracWarning
+from sarac.ir.errors import RewriteError, SaracWarning
 from sarac.ir.layers import adapted
 from sarac.ir.plan import Plan
 
@@ -60,6 +60,17 @@ def keep_inputs(model: nn.Module, spec: str) -> None:
     model.__dict__["_sarac_inputs"] = spec
 
 
+def require_whole(model: nn.Module, what: str) -> None:
+    """Raise RewriteError where a part or a wrapper of an adapted model is given: only the model itself knows its plan."""
+    if record_of(model) is not None or not any(True for _ in adapted(model)):
+        return
+    inner = next((path for path, module in model.named_modules() if record_of(module) is not None), "")
+    place = f"the adapted model in it, `.{inner}`" if inner else "the whole model that sarac.transform gave"
+    raise RewriteError(
+        f"This {type(model).__name__} carries adapters, but is not the model that was transformed: {what} {place}."
+    )
+
+
 def attach(model: nn.Module, record: Record) -> None:
     """Remember `record` on the model, guard its `save_pretrained` and watch the rates of the optimisers to come."""
     _watch_learning_rates()
@@ -87,9 +98,11 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
         return
     entries = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**entries, FOLDER_MARK: _SENTENCE}, indent=2) + "\n", encoding="utf-8")
-    slots = [slot for _, _, state in adapted(self) for slot in state.slots.values()]
-    record = record_of(self)
-    plan = record.plan if record else Plan({slot.site: slot.adapter for slot in slots})
+    record, names = record_of(self), dict[str, str]()
+    slots = [(path, slot) for path, _, state in adapted(self) for slot in state.slots.values()]
+    for path, slot in slots:  # a part of a model names its weights from itself on
+        names.setdefault(slot.site, f"{path}.{slot.param}" if path else slot.param)
+    plan = record.plan if record else Plan({names[slot.site]: slot.adapter for _, slot in slots})
     plan.save(Path(save_directory) / FOLDER_FILE)
 
 
