@@ -24,16 +24,18 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "ir.errors": "",
     "ir.inputs": "ir.errors",
+    "ir.layout": "",
     "ir.check": "ir.errors",
     "ir.spectrum": "ir.errors",
     "ir.terms": "",
     "ir.adapters": "ir.errors ir.spectrum ir.terms",
-    "ir.plan": "ir.errors ir.spectrum ir.adapters",
-    "ir.weight": "ir.errors ir.adapters",
+    "ir.methods": "ir.errors ir.adapters",
+    "ir.plan": "ir.errors ir.spectrum ir.adapters ir.methods",
+    "ir.weight": "ir.errors ir.layout ir.adapters",
     "ir.layers": "ir.errors ir.spectrum ir.terms ir.adapters ir.weight",
     "ir.record": "ir.errors ir.plan ir.layers",
-    "ir.match": "ir.errors",
-    "ir.graph": "ir.errors ir.inputs ir.spectrum ir.adapters ir.plan ir.weight ir.layers ir.match",
+    "ir.match": "ir.layout ir.terms",
+    "ir.graph": "ir.errors ir.inputs ir.layout ir.spectrum ir.adapters ir.plan ir.weight ir.layers ir.match",
     "ir.clone": "ir.errors ir.weight ir.layers",
     "ir.pipeline": "ir.*",
     "passes.analyze": "ir.*",
@@ -44,7 +46,9 @@ MAY_IMPORT = {
     "backends.onnx": "ir.* backends.runtime",
     "backends.peft": "ir.*",
     "capture": "ir.*",
-    "trace": "ir.* capture",
+    "known": "ir.*",
+    "regions": "ir.*",
+    "trace": "ir.* capture known regions",
     "recipe": "ir.*",
     "checkpoint": "ir.*",
     "report": "ir.*",
@@ -66,7 +70,7 @@ EMPTY = ("sarac.ir", "sarac.passes", "sarac.backends")  # packages whose __init_
 OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
     "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.spectrum"),
-    "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "trace capture"),
+    "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.onnx"),
     "ONNX": (r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b", "backends.onnx backends.runtime"),
 }
@@ -152,8 +156,8 @@ def table_faults(table: Mapping[str, str]) -> list[str]:
             "ir": ("ir.",),
             "passes": ("ir.",),
             "backends": ("ir.", "backends."),
-            "trace": ("ir.", "capture"),
-            "capture": ("ir.",),
+            "trace": ("ir.", "capture", "known", "regions"),
+            **dict.fromkeys(("capture", "known", "regions"), ("ir.",)),
         }.get(layer, ("",))
         faults += [f"{row} may not be given {name}" for name in names if name not in above or not name.startswith(walls)]
         above.add(row)
@@ -379,7 +383,7 @@ PLANTED = [
         "from sarac.backends import export",
     ),
     (word_faults, "sarac/surgery.py", "import torch as t\nt.export.export(m)", "tracing", "backends.export(m)"),
-    (word_faults, "sarac/trace.py", TORCH + "torch.onnx.export(m)", "to ONNX", TORCH + "torch.export.export(m)"),
+    (word_faults, "sarac/capture.py", TORCH + "torch.onnx.export(m)", "to ONNX", TORCH + "torch.export.export(m)"),
     (word_faults, "backends/runtime.py", TORCH + "torch.onnx.export(m)", "to ONNX", "import onnxruntime"),
     (word_faults, "sarac/cli.py", "import onnxruntime as ort", "(ONNX)", "from importlib import metadata\nmetadata"),
     (
