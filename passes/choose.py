@@ -117,8 +117,9 @@ class Choose:
 def chosen_sites(graph: ModelGraph, where: Where) -> dict[str, Site]:
     """The sites that `where` takes; PlanError if there are none, with the near names of a glob that matches nothing."""
     if not graph.sites:
+        first = next((f" {name}: {why}." for name, why in graph.skipped.items()), "")
         raise PlanError(
-            f"{type(graph.module).__name__} has no linear weight that sarac can adapt. sarac.analyze(model) says for each "
+            f"{type(graph.module).__name__} has no linear weight that sarac can adapt.{first} sarac.analyze(model) says for each "
             "parameter why not."
         )
     if where is None:

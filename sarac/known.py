@@ -1,12 +1,16 @@
 """Weights of modules that fx cannot trace although it is known what they do with them: why the weight form, and how they lie."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from sarac.ir.layout import MATRIX, Layout, kernel, matrices
+from sarac.source import multiplied
 
 Known = dict[str, tuple[str, Layout]]
 _PACKED = Layout((1,), (2,), (0,), split=3)  # q, k and v, one below the other
@@ -29,12 +33,29 @@ def known_weights(module: nn.Module) -> Known:
     return _experts(module)
 
 
-def untraced_weights(module: nn.Module, reason: str) -> Known:
-    """What a module that cannot be traced multiplies with, by the layer of torch that it derives from; `reason` is why."""
-    if isinstance(module, nn.Linear | _ConvNd) and "weight" in module._parameters:
-        dims = module.weight.ndim
-        return {"weight": (reason, kernel(dims) if dims > 2 else MATRIX)}
-    return {}
+def read_from_outside(module: nn.Module) -> tuple[str, ...]:
+    """The weights of its children that `module` takes and computes with itself, by their names in it."""
+    return ("out_proj.weight",) if isinstance(module, nn.MultiheadAttention) else ()
+
+
+def untraced_weights(module: nn.Module, names: Iterable[str], reason: str) -> Known:
+    """Which of these parameters a module that cannot be traced multiplies with: by its source, and the layer it derives from."""
+    convolves, found = isinstance(module, _ConvNd), multiplied(module)
+    known: Known = {}
+    for name in names:
+        normalised = name.startswith("parametrizations.weight.") and isinstance(
+            module.get_submodule("parametrizations.weight.0"), _SpectralNorm
+        )
+        layer = isinstance(module, nn.Linear | _ConvNd) and (normalised or name == "weight")
+        if layer or name.partition(".")[0] in found:
+            dims = module.get_parameter(name).ndim
+            known[name] = (reason, kernel(dims) if convolves or dims > 3 else matrices(dims))
+    return known
+
+
+def holds_only(module: nn.Module) -> bool:
+    """Whether a module has no forward of its own, as a ParameterList: another module reads what it holds."""
+    return getattr(type(module), "forward", None) is nn.Module.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _experts(module: nn.Module) -> Known:

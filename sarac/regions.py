@@ -1,5 +1,6 @@
 """One module's own forward as an fx graph: children stay calls, and what the trace would freeze is found out."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,17 +24,28 @@ class _RegionTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Go through the parts of a parameter that was split: how many they are does not depend on the input."""
-        node: Any = obj.node
-        first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first.op == "get_attr" and len(node.all_input_nodes) == 1:
-            path, _, name = str(first.target).rpartition(".")
-            tensor = self.root.get_submodule(path)._parameters.get(name)  # getattr would give a proxy
-            if tensor is not None:
-                call = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-                parts: Any = call(torch.empty_like(tensor, device="meta"), *node.args[1:], **node.kwargs)
-                proxy: Any = obj
-                return iter([proxy[i] for i in range(parts.__len__())])
+        if all(node.op == "get_attr" for node in _roots(obj.node)):
+            proxy: Any = obj
+            with contextlib.suppress(Exception):  # what it can be evaluated to is no sequence
+                return iter([proxy[i] for i in range(self._shape_of(obj.node).__len__())])
         return super().iter(obj)
+
+    def _shape_of(self, node: Any) -> Any:
+        """What a node over parameters alone gives, on the meta device."""
+        if node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            owner = self.root.get_submodule(path)
+            tensor: Any = (owner._parameters | owner._buffers)[name]  # getattr would give a proxy
+            return torch.empty_like(tensor, device="meta")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._shape_of)
+        return (getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target)(*args, **kwargs)
+
+
+def _roots(node: fx.Node) -> Iterator[fx.Node]:
+    if not node.all_input_nodes:
+        yield node
+    for source in node.all_input_nodes:
+        yield from _roots(source)
 
 
 @dataclass
@@ -81,7 +93,8 @@ class _Notes:
         """A copy that shares tensors, takes notes, and whose containers can be appended to without harm."""
         if id(module) in self._made or type(type(module)) is not type:  # the latter: a compiled script
             return self._made.get(id(module), module)
-        self._made[id(module)] = shadow = copy.copy(module)
+        shadow = type(module).__new__(type(module))  # not copy.copy, which a parametrized module refuses
+        self._made[id(module)] = shadow
         own = vars(module).items()
         shadow.__dict__ = {name: copy.copy(value) if isinstance(value, list | dict | set) else value for name, value in own}
         shadow.__dict__["_modules"] = {

@@ -21,7 +21,7 @@ from sarac.ir.layers import adapted, hooked
 from sarac.ir.layout import Layout, kernel, matrices
 from sarac.ir.match import Match, readers
 from sarac.ir.terms import EMBEDDING
-from sarac.known import known_weights, untraced_weights
+from sarac.known import holds_only, known_weights, read_from_outside, untraced_weights
 from sarac.regions import ForwardTrace
 
 # Children by which models without `get_output_embeddings` name their output head.
@@ -54,7 +54,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
     found = _parameters(model)
     regions: dict[str, Region] = {}
     for path, module in model.named_modules():
-        if "_sara" not in module.__dict__ and _own_matrices(module) and not isinstance(module, ParametrizationList):
+        read_by_others = isinstance(module, ParametrizationList) or holds_only(module)
+        if "_sara" not in module.__dict__ and _own_matrices(module) and not read_by_others:
             region = _trace_region(path, module, found)
             if region is not None:
                 regions[path] = region
@@ -84,18 +85,24 @@ def _parameters(model: nn.Module) -> dict[int, _Found]:
 
 
 def _own_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of two or more dimensions that a module's own forward reads, those of its parametrizations among them."""
+    """The parameters of two or more dimensions that a module's own forward reads: also those of children without a forward."""
     own = dict(module._parameters)
-    lists = module._modules.get("parametrizations")
-    if lists is not None:
-        own |= {f"parametrizations.{name}": parameter for name, parameter in lists.named_parameters()}
+    for child, kept in module._modules.items():
+        if kept is not None and (child == "parametrizations" or holds_only(kept)):
+            own |= {f"{child}.{name}": parameter for name, parameter in kept.named_parameters()}
     return {name: parameter for name, parameter in own.items() if parameter is not None and parameter.ndim >= 2}
 
 
 def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> Region | None:
     """Trace one module and note on `found` what its graphs say about its parameters; None if it cannot be traced."""
     own = {name: found[id(p)] for name, p in _own_matrices(module).items() if id(p) in found}
+    if isinstance(module, torch.jit.ScriptModule):
+        for item in own.values():
+            item.skipped = f"its {type(module).__name__} was scripted with torch.jit: transform the plain model"
+        return None
     known = known_weights(module)
+    for name in read_from_outside(module):
+        found[id(module.get_parameter(name))].others.append(f"its {type(module).__name__}")
     for name in known.keys() & own.keys():
         own[name].weight_form, own[name].layout = known[name]
     try:
@@ -111,6 +118,7 @@ def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> 
         frozen = "its forward was replaced on the instance"
     for mode, graph in zip(("train", "eval") if len(graphs) == 2 else ("both",), graphs, strict=True):
         _note_uses(path, module, mode, graph, own, frozen)
+        _note_foreign(module, graph, found, own)
     guards = {path: value for trace in traces for path, value in trace.reads.items()}
     return Region(path, graphs[0], graphs[-1], tuple(guards.items()))
 
@@ -118,7 +126,7 @@ def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> 
 def _note_untraced(module: nn.Module, own: Mapping[str, _Found], error: str) -> None:
     kind = type(module).__name__
     reason, known = f"{kind} cannot be traced ({error})", known_weights(module)
-    supposed = untraced_weights(module, reason)
+    supposed = untraced_weights(module, own, reason)
     for name, item in own.items():
         if name in supposed:
             item.weight_form, item.layout = supposed[name]
@@ -136,7 +144,7 @@ def _note_uses(path: str, module: nn.Module, mode: str, graph: fx.Graph, own: Ma
         if frozen:
             item.weight_form = f"{type(module).__name__} keeps its forward: {frozen}"
         elif "." in match.param:
-            item.weight_form = "it is parametrized"
+            item.weight_form = "it is kept in a module of its own"
     for param, (operation, why) in read.indirect.items():
         own[param].others.append(operation)
         if not own[param].uses:
@@ -145,9 +153,26 @@ def _note_uses(path: str, module: nn.Module, mode: str, graph: fx.Graph, own: Ma
     for param, operation in read.others.items():
         own[param].others.append(operation)
         own[param].skipped = own[param].skipped or f"read by {operation}, which is no linear operation that sarac adapts"
+    for param in read.lookups:
+        if not (own[param].uses or own[param].weight_form):
+            own[param].weight_form = own[param].opt_in = "rows of it are looked up"
     for item in own.values():
         if not (item.uses or item.weight_form or item.others):
             item.skipped = item.skipped or f"{type(module).__name__}'s forward does not read it"
+
+
+def _note_foreign(module: nn.Module, graph: fx.Graph, found: Mapping[int, _Found], own: Mapping[str, _Found]) -> None:
+    """Note what a module reads of its children's weights: it gets the effective ones, and those of routed adapters are none."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in own and node.users:
+            path, _, name = str(node.target).rpartition(".")
+            item = found.get(id(module.get_submodule(path)._parameters.get(name))) if _reaches(module, path) else None
+            if item is not None:
+                item.others.append(f"the {type(module).__name__} around it")
+
+
+def _reaches(module: nn.Module, path: str) -> bool:
+    return any(path == name for name, _ in module.named_modules())
 
 
 def _supposed(shape: tuple[int, ...], operation: str) -> Layout:

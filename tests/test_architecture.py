@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "backends.onnx": "ir.* backends.runtime",
     "backends.peft": "ir.*",
     "capture": "ir.*",
-    "known": "ir.*",
+    "source": "",
+    "known": "ir.* source",
     "regions": "ir.*",
     "trace": "ir.* capture known regions",
     "recipe": "ir.*",
@@ -157,7 +158,8 @@ def table_faults(table: Mapping[str, str]) -> list[str]:
             "passes": ("ir.",),
             "backends": ("ir.", "backends."),
             "trace": ("ir.", "capture", "known", "regions"),
-            **dict.fromkeys(("capture", "known", "regions"), ("ir.",)),
+            "known": ("ir.", "source"),
+            **dict.fromkeys(("capture", "regions", "source"), ("ir.",)),
         }.get(layer, ("",))
         faults += [f"{row} may not be given {name}" for name in names if name not in above or not name.startswith(walls)]
         above.add(row)

@@ -25,6 +25,19 @@ _PLACES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
     "addmm": ((1, "mat1"), (2, "mat2")),
     "baddbmm": ((1, "batch1"), (2, "batch2")),
 }
+# Linear in each of their operands, of which any may be a weight, but without an input-side path.
+_MULTILINEAR = {
+    "mv",
+    "inner",
+    "tensordot",
+    "chain_matmul",
+    "linalg_multi_dot",
+    "multi_dot",
+    "einsum",
+    "_grouped_mm",
+    "grouped_mm",
+}
+_LOOKUPS = {"getitem", "__getitem__", "index_select", "index", "select", "take_along_dim", "gather"}
 _PRODUCTS = {"matmul", "mm", "bmm", "__matmul__"}
 _TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "contiguous"}
 # Operations whose result holds the values of their first argument, however the others came about.
@@ -69,6 +82,7 @@ class Readers:
     matches: list[Match] = field(default_factory=list)
     indirect: dict[str, tuple[str, str]] = field(default_factory=dict)  # the operation, and why it cannot be rewritten
     others: dict[str, str] = field(default_factory=dict)  # the first operation that is not linear in it
+    lookups: set[str] = field(default_factory=set)  # those of which an index that is computed picks parts
 
 
 def readers(graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]]) -> Readers:
@@ -98,9 +112,14 @@ def _sort(node: fx.Node, made_of: MadeOf, turned: dict[fx.Node, _Turned], found:
         _note_others([source for source in sources if source is not use[1]], made_of, found, name)
     elif name in _FACTS:
         made_of[node] = frozenset()
+    elif name in _MULTILINEAR and not all(source in made_of for source in sources):
+        for param in {param for source in sources for param in made_of.get(source, ())}:
+            found.indirect.setdefault(param, (name, f"{name} has no input-side path for it"))
     elif name in _PASSES_ON and first is not None:
         if first in made_of:
             made_of[node] = made_of[first]
+            if name in _LOOKUPS and not all(source in made_of for source in sources):
+                found.lookups.update(made_of[first])
             order = _turn(node, turned[first].order) if first in turned else None
             if order is not None:
                 turned[node] = replace(turned[first], chain=(*turned[first].chain, node), order=order)

@@ -97,7 +97,7 @@ def test_also_train_takes_globs() -> None:
 def test_model_without_linear_weights_is_told() -> None:
     for model in (nn.Sequential(nn.ReLU()), nn.LayerNorm(4), nn.Embedding(4, 4, max_norm=1.0)):
         with pytest.raises(
-            PlanError, match=rf"{type(model).__name__} has no linear weight that sarac can adapt\. sarac\.analyze"
+            PlanError, match=rf"{type(model).__name__} has no linear weight that sarac can adapt\..* sarac\.analyze"
         ):
             chosen(model)
 
