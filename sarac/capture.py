@@ -15,25 +15,13 @@ from torch import Tensor, fx, nn
 
 from sarac.ir.check import leaves
 from sarac.ir.errors import SaracWarning
-from sarac.ir.graph import ModelGraph, Whole, output_size
+from sarac.ir.graph import ModelGraph, Site, Whole, output_size, output_sizes
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
+from sarac.ir.match import Call, Readers, operation, readers
 
-_LINEAR = {"linear": (0, 1), "addmm": (1, 2), "matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1)}  # where x and W stand
-_PASSES_ON = {
-    "t",
-    "numpy_T",
-    "mT",
-    "transpose",
-    "permute",
-    "detach",
-    "to",
-    "_to_copy",
-    "alias",
-    "view",
-    "reshape",
-    "clone",
-}
+# What gives the values of its input in another shape or type: a linear call behind it still reads the same input.
+_SAME = frozenset("t numpy_T mT transpose permute detach to _to_copy alias view reshape clone contiguous".split())
 
 
 class _Tensors(nn.Module):
@@ -65,60 +53,92 @@ def capture(graph: ModelGraph, inputs: Inputs) -> Whole | None:
                 stacklevel=4,
             )
             return None
-    names = {f"model.{name}": site.name for site in graph.sites.values() for name in site.names}
-    weights = {
-        spec.arg.name: names[spec.target]
+    return _whole(graph, program)
+
+
+def _whole(graph: ModelGraph, program: torch.export.ExportedProgram) -> Whole:
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    canonical = {name: site.name for site in graph.sites.values() for name in site.names} | {name: name for name in graph.skipped}
+    lifted = {
+        spec.arg.name: canonical[spec.target.removeprefix("model.")]
         for spec in program.graph_signature.input_specs
-        if spec.target in names and hasattr(spec.arg, "name")
+        if spec.target is not None and spec.target.removeprefix("model.") in canonical and hasattr(spec.arg, "name")
     }
-    calls = _calls(program.graph, weights)
-    readers: dict[fx.Node, list[str]] = defaultdict(list)
-    for _, site, x in calls:
-        if site not in readers[x]:
-            readers[x].append(site)
-    flops: Counter[str] = Counter()
-    for node, site, _ in calls:
-        flops[site] += 2 * output_size(node) * graph.sites[site].shape[1]
-    siblings = tuple(tuple(group) for group in readers.values() if len(group) > 1)
-    flow = _flow({node: site for node, site, _ in calls}, program.graph)
-    return Whole(program.graph, Counter(site for _, site, _ in calls), siblings, flops, flow)
+    shapes = {name: tuple(parameters[name].shape) for name in dict.fromkeys(lifted.values())}
+    read = readers(program.graph, shapes, lifted)
+    inputs: dict[Any, list[str]] = defaultdict(list)
+    calls, flops = Counter[str](), Counter[str]()
+    at: dict[fx.Node, frozenset[str]] = {}
+    for call in read.calls:
+        sites = [graph.sites[name] for name in sorted(call.params) if name in graph.sites]
+        at[call.node] = frozenset(site.name for site in sites)
+        for site in sites:
+            calls[site.name] += 1
+            flops[site.name] += _flops(site, sites, call)
+            group = inputs[_source(call.x)]
+            group += [site.name] if site.name not in group else []
+    siblings = tuple(tuple(group) for group in inputs.values() if len(group) > 1)
+    _warn_of_disagreement(graph, read, calls)
+    others = {name: operation for name, operation in read.others.items() if name in graph.sites}
+    flow, depths = _flow(at, program.graph)
+    return Whole(program.graph, calls, siblings, flops, flow, others, depths)
 
 
-def _calls(graph: fx.Graph, weights: Mapping[str, str]) -> list[tuple[fx.Node, str, fx.Node]]:
-    """Every linear node over a known weight, with the site's name and the node that x comes from."""
-    carries = {node: weights[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in weights}
-    found = []
-    for node in graph.nodes:
-        name = _operator(node)
-        if name in _PASSES_ON and node.args and node.args[0] in carries:
-            carries[node] = carries[node.args[0]]
-        elif name in _LINEAR:
-            x, weight = (node.args[i] for i in _LINEAR[name])
-            if weight in carries and isinstance(x, fx.Node):
-                found.append((node, carries[weight], _source(x)))
-    return found
+def _flops(site: Site, sites: list[Site], call: Call) -> int:
+    """2 · outputs · in, the outputs shared out by size where one operation has several weights; a lookup has none."""
+    if operation(call.node) in ("embedding", "embedding_bag"):
+        return 0
+    outputs = output_size(call.node) * site.size // sum(one.size for one in sites)
+    inner = site.shape[0] if _turned_over(site, call) else site.shape[1]
+    return 2 * outputs * inner
 
 
-def _source(x: fx.Node) -> fx.Node:
+def _turned_over(site: Site, call: Call) -> bool:
+    """Whether the call multiplies with the transposed matrix: its outputs are then as many as there are columns."""
+    value = output_sizes(call.node)
+    return len(set(site.shape)) == 2 and bool(value) and value[-1] == site.shape[1] != site.shape[0]
+
+
+def _warn_of_disagreement(graph: ModelGraph, read: Readers, calls: Mapping[str, int]) -> None:
+    """Where the modules and the whole model say different things of a parameter, the reader must look."""
+    for name, site in graph.sites.items():
+        if site.uses and name not in calls and name in read.others:
+            _warn(f"{name} has a linear use in its module, but in the whole model it is read by {read.others[name]} alone.")
+    unknown = [name for name in graph.skipped if any(name in call.params for call in read.calls)]
+    for name in unknown:
+        _warn(f"{name} feeds a linear operation of the whole model, and its module did not show it: {graph.skipped[name]}.")
+    unreached = [name for name, site in graph.sites.items() if site.default and name not in calls and name not in read.others]
+    if unreached:
+        _warn(
+            f"These example inputs never reach {unreached[0]} ({len(unreached)} sites): its adapter would not train. Give inputs "
+            "that do, or leave it out of `where`."
+        )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, SaracWarning, stacklevel=6)
+
+
+def _source(x: Any) -> Any:
     """The node whose values x holds: a linear call in another shape or dtype still reads the same input."""
-    while _operator(x) in _PASSES_ON and isinstance(x.args[0], fx.Node):
+    while isinstance(x, fx.Node) and operation(x) in _SAME and isinstance(x.args[0], fx.Node):
         x = x.args[0]
     return x
 
 
-def _flow(calls: Mapping[fx.Node, str], graph: fx.Graph) -> Any:
-    """The directed graph of sites: an edge where one's output reaches another's input through no third site."""
+def _flow(calls: Mapping[fx.Node, frozenset[str]], graph: fx.Graph) -> tuple[Any, dict[str, int]]:
+    """The directed graph of sites, an edge where one's output reaches another's input through no third; and their depths."""
     flow = nx.DiGraph()
-    flow.add_nodes_from(dict.fromkeys(calls.values()))
+    flow.add_nodes_from(dict.fromkeys(name for names in calls.values() for name in sorted(names)))
     reaching: dict[fx.Node, frozenset[str]] = {}
+    steps: dict[fx.Node, int] = {}
+    depths: dict[str, int] = {}
     for node in graph.nodes:
         arriving = frozenset().union(*(reaching[source] for source in node.all_input_nodes))
+        steps[node] = max((steps[source] for source in node.all_input_nodes), default=0)
         if node in calls:
-            flow.add_edges_from((source, calls[node]) for source in arriving)
-            arriving = frozenset([calls[node]])
+            flow.add_edges_from((source, name) for source in arriving for name in calls[node] if source != name)
+            depths |= {name: steps[node] for name in calls[node] if name not in depths}
+            arriving, steps[node] = calls[node] or arriving, steps[node] + 1
         reaching[node] = arriving
-    return flow
-
-
-def _operator(node: fx.Node) -> str:
-    return str(getattr(node.target, "_opname", "")) if node.op == "call_function" else ""
+    return flow, depths

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sarac.ir.errors import CheckpointError, SpectrumError
-from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.graph import ModelGraph, Site, starred
 from sarac.ir.methods import build, trainable_count
 from sarac.ir.spectrum import Spectrum
 
@@ -52,13 +52,41 @@ class Analysis:
     def to_json(self) -> str:
         """The analysis as JSON text: threshold, totals, one entry a site, and what was left out with the reason."""
         sites = [
-            {**_row(site, self.spectrum(site.name)), "rank": rank}
+            {**_row(site, self.spectrum(site.name)), "rank": rank, **self._seen(site.name)}
             for site, rank in zip(self.sites, self.ranks().values(), strict=True)
         ]
-        unmeasured = {name: site.reason for name, site in self.graph.sites.items() if name not in self.names}
-        skipped = {**unmeasured, **self.graph.skipped}
         head = {"threshold": self.threshold, "trainable": self.trainable, "parameters": _parameters(self.graph)}
-        return json.dumps({**head, "sites": sites, "skipped": skipped}, indent=1)
+        return json.dumps({**head, "sites": sites, "skipped": self.left_out}, indent=1)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Every further parameter of two or more dimensions, and why it is not measured."""
+        sites = {
+            name: site.reason or "`where` leaves it out" for name, site in self.graph.sites.items() if name not in self.names
+        }
+        return {**sites, **self.graph.skipped}
+
+    def _seen(self, name: str) -> dict[str, Any]:
+        """What the whole model showed of a site; nothing without example inputs."""
+        whole = self.graph.whole
+        if whole is None:
+            return {}
+        siblings = next((list(group) for group in whole.siblings if name in group), [])
+        calls, flops = whole.calls.get(name, 0), whole.flops.get(name, 0)
+        return {"calls": calls, "flops": flops, "depth": whole.depths.get(name), "siblings": siblings}
+
+    def left_out_table(self) -> Table:
+        """A rich table of what is left out, by kind of weight, each with its reason."""
+        table = Table(title="Left out", title_justify="left")
+        table.add_column("parameter", no_wrap=True)
+        table.add_column("how many", justify="right")
+        table.add_column("why")
+        groups: dict[tuple[str, str], int] = defaultdict(int)
+        for name, reason in self.left_out.items():
+            groups[starred(name), reason] += 1
+        for (kind, reason), count in groups.items():
+            table.add_row(kind, str(count), reason)
+        return table
 
     def table(self, by_site: bool = False) -> Table:
         """A rich table by kind of layer, or with `by_site` one row a weight."""
@@ -128,7 +156,8 @@ class Analysis:
 
     def __str__(self) -> str:
         """The table as text."""
-        return as_text(self.table())
+        parts = [self.table(), *([self.left_out_table()] if self.left_out else [])]
+        return "\n".join(as_text(part) for part in parts)
 
 
 def as_text(table: Table, width: int = 130) -> str:

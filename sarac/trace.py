@@ -69,7 +69,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
         item.names[0]: item.skipped or "its module is adapted already" for item in found.values() if item.names[0] not in sites
     }
     graph = ModelGraph(model, sites, regions, skipped, example_inputs=inputs)
-    return graph if inputs is None else replace(graph, whole=capture(graph, inputs))
+    if inputs is None:
+        return graph
+    whole = capture(graph, inputs)
+    known = {} if whole is None else whole.others
+    for name, operation in known.items():  # the modules alone do not show who reads a weight from outside
+        sites[name] = replace(sites[name], others=tuple(dict.fromkeys((*sites[name].others, operation))))
+    return replace(graph, whole=whole)
 
 
 def _parameters(model: nn.Module) -> dict[int, _Found]:

@@ -13,6 +13,7 @@ from zoo import (
     TiedHead,
     Twice,
     adapt,
+    bert,
     close,
     folded,
     ids,
@@ -93,9 +94,12 @@ class Odd(nn.Module):
 def test_what_is_not_adapted_has_a_reason() -> None:
     graph = trace(Odd())
     forms = {"used": "call", "sliced": "weight", "cast": "weight", "experts": "weight", "conv.weight": "call"}
+    forms |= {"looked_up": "weight"}
     assert {name: site.form for name, site in graph.sites.items()} == forms
     assert "computed from it" in graph.sites["sliced"].reason
-    for name, reason in {"unused": "does not read it", "added": "add", "looked_up": "add"}.items():
+    assert [name for name, site in graph.sites.items() if not site.default] == ["looked_up"]
+    assert graph.sites["looked_up"].reason == "rows of it are looked up"
+    for name, reason in {"unused": "does not read it", "added": "add"}.items():
         assert reason in graph.skipped[name]
     require_complete(graph)
     require_complete(trace(adapt(Odd(), where="used", checked=False)))
@@ -117,9 +121,9 @@ def test_module_that_cannot_be_traced_is_no_error() -> None:
     graph = trace(model)
     assert graph.sites["inner.weight"].form == "call"
     site = graph.sites["w"]
-    assert (site.form, site.default) == ("weight", False)
+    assert (site.form, site.default) == ("weight", True)  # its source multiplies with it
     assert site.reason.startswith("Branches cannot be traced (TraceError")
-    adapted = shake(adapt(model, where="*"))
+    adapted = shake(adapt(model))
     for sign in (1, -1):
         x = x.abs() * sign
         close(adapted(x), folded(adapted)(x))
@@ -233,7 +237,10 @@ def test_siblings_calls_and_flops_of_the_whole_model() -> None:
     assert tuple(f"{layer}self_attn.{n}.weight" for n in ("q_proj", "k_proj", "v_proj")) in whole.siblings
     assert tuple(f"{layer}mlp.{n}.weight" for n in ("gate_proj", "up_proj")) in whole.siblings
     assert len(whole.siblings) == 4
-    assert set(whole.calls.values()) == {1}
+    embedding = "model.embed_tokens.weight"  # the tied head is the same weight
+    assert {name: count for name, count in whole.calls.items() if count != 1} == {embedding: 2}
+    assert whole.flops[embedding] == 2 * 10 * 16 * 32
+    assert [whole.depths[f"{layer}{n}.weight"] for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")] == [1, 2, 3]
     assert set(whole.calls) == set(graph.sites)
     assert whole.flops[f"{layer}self_attn.q_proj.weight"] == 2 * 10 * 16 * 16
     assert whole.flops[f"{layer}self_attn.k_proj.weight"] == 2 * 10 * 16 * 8
@@ -256,6 +263,59 @@ def test_example_inputs_are_kept_and_modes_restored() -> None:
     assert isinstance(graph.example_inputs, Inputs)
     assert all(module.training for module in model.modules())
     assert trace(model).whole is None
+
+
+class Hides(nn.Module):
+    """Its parts show nothing of what it does with them: the whole model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.never, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm((3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.plain(x), self.norm.weight.T[:, :3] @ self.norm.weight) + self.plain.weight.sum()
+
+
+def test_whole_model_is_held_against_its_modules() -> None:
+    x = torch.randn(2, 3, 6)
+    with pytest.warns(SaracWarning) as told:
+        graph = trace(Hides(), x)
+    said = " ".join(str(warning.message) for warning in told)
+    assert "norm.weight feeds a linear operation of the whole model, and its module did not show it" in said
+    assert "These example inputs never reach never.weight (1 sites)" in said
+    assert "plain.weight" not in said
+    assert graph.sites["plain.weight"].others == ("add",)
+    assert graph.whole.calls["plain.weight"] == 1
+    assert "never.weight" not in graph.whole.calls
+    assert trace(Hides()).sites["plain.weight"].others == ()
+
+
+def test_agreement_is_silent(recwarn: pytest.WarningsRecorder) -> None:
+    for model, inputs in ((llama(), ids()), (mlp(6, 5, 4), torch.ones(3, 6)), (TiedHead(8), ids()), (bert(), ids())):
+        trace(model, inputs)
+    assert not [warning for warning in recwarn if issubclass(warning.category, SaracWarning)]
+
+
+FLOPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear": (lambda: nn.Linear(6, 5), (3, 6), 2 * 3 * 6 * 5),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7), 2 * 2 * 6 * 25 * 2 * 9),
+    "packed attention": (lambda: _Attends(), (2, 3, 8), 2 * 6 * 24 * 8),
+}
+
+
+class _Attends(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(("build", "shape", "flops"), FLOPS.values(), ids=FLOPS)
+def test_flops_of_one_weight(build: Callable[[], nn.Module], shape: tuple[int, ...], flops: int) -> None:
+    graph = trace(build(), torch.randn(shape))
+    name = next(iter(graph.sites))
+    assert graph.whole.flops[name] == flops
 
 
 class Leaves(nn.Linear):

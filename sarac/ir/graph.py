@@ -70,7 +70,7 @@ class Site:
     @property
     def kind(self) -> str:
         """The name with its numbers starred: what equal weights of all layers share."""
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name)
+        return starred(self.name)
 
     @property
     def depth(self) -> int | None:
@@ -110,10 +110,12 @@ class Whole:
     """What the export of the whole model shows: its graph, each site's calls, and the dataflow between them."""
 
     graph: fx.Graph
-    calls: Mapping[str, int]
+    calls: Mapping[str, int]  # a site that the inputs never reach has none
     siblings: tuple[tuple[str, ...], ...]  # sites that read the same input
     flops: Mapping[str, int]
     flow: "nx.DiGraph[str]"
+    others: Mapping[str, str] = field(default_factory=dict)  # what else reads a site's weight
+    depths: Mapping[str, int] = field(default_factory=dict)  # linear operations on the longest way to a site's first
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,20 @@ def fact(node: fx.Node) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def output_sizes(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a captured node gives, () where it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
 def output_size(node: fx.Node) -> int:
     """How many numbers a captured node gives."""
-    value = node.meta.get("val")
-    return value.numel() if isinstance(value, torch.Tensor) else 0
+    return math.prod(output_sizes(node)) if output_sizes(node) else 0
+
+
+def starred(name: str) -> str:
+    """A parameter's name with its numbers starred: what equal ones of all layers share."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def owners(module: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, str]]:

@@ -26,17 +26,10 @@ _PLACES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
     "baddbmm": ((1, "batch1"), (2, "batch2")),
 }
 # Linear in each of their operands, of which any may be a weight, but without an input-side path.
-_MULTILINEAR = {
-    "mv",
-    "inner",
-    "tensordot",
-    "chain_matmul",
-    "linalg_multi_dot",
-    "multi_dot",
-    "einsum",
-    "_grouped_mm",
-    "grouped_mm",
-}
+_MULTILINEAR = frozenset(
+    "mv inner tensordot chain_matmul linalg_multi_dot multi_dot einsum _grouped_mm grouped_mm lstm gru rnn_tanh rnn_relu "
+    "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _native_multi_head_attention _transformer_encoder_layer_fwd".split()
+)
 _LOOKUPS = {"getitem", "__getitem__", "index_select", "index", "select", "take_along_dim", "gather"}
 _PRODUCTS = {"matmul", "mm", "bmm", "__matmul__"}
 _TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "contiguous"}
@@ -76,23 +69,36 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Call:
+    """`node` is linear in a value made of these parameters, and goes on from the input `x`."""
+
+    node: fx.Node
+    x: Any
+    params: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Readers:
     """What reads each parameter of a graph: linear operations, linear operations on something made of it, and the rest."""
 
+    calls: list[Call] = field(default_factory=list)  # all linear operations, in the order of the graph
     matches: list[Match] = field(default_factory=list)
     indirect: dict[str, tuple[str, str]] = field(default_factory=dict)  # the operation, and why it cannot be rewritten
     others: dict[str, str] = field(default_factory=dict)  # the first operation that is not linear in it
     lookups: set[str] = field(default_factory=set)  # those of which an index that is computed picks parts
 
 
-def readers(graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]]) -> Readers:
-    """Sort all that the parameters of these names and shapes come to in a graph."""
+def readers(graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]], lifted: Mapping[str, str] | None = None) -> Readers:
+    """Sort all that the parameters of these names and shapes come to in a graph.
+
+    `lifted` names the parameter that an input of an exported graph stands for.
+    """
     found = Readers()
     made_of: MadeOf = {}
     turned: dict[fx.Node, _Turned] = {}
     for node in graph.nodes:
-        if node.op == "get_attr":
-            name = str(node.target)
+        if node.op == "get_attr" or (lifted is not None and node.name in lifted):
+            name = str(node.target) if lifted is None else lifted.get(node.name, "")
             made_of[node] = frozenset([name]) if name in shapes else frozenset()
             if name in shapes:
                 turned[node] = _Turned(name, shapes[name], (node,), tuple(range(len(shapes[name]))))
@@ -113,7 +119,10 @@ def _sort(node: fx.Node, made_of: MadeOf, turned: dict[fx.Node, _Turned], found:
     elif name in _FACTS:
         made_of[node] = frozenset()
     elif name in _MULTILINEAR and not all(source in made_of for source in sources):
-        for param in {param for source in sources for param in made_of.get(source, ())}:
+        params = frozenset(param for source in sources for param in made_of.get(source, ()))
+        if params:
+            found.calls.append(Call(node, next(source for source in sources if source not in made_of), params))
+        for param in params:
             found.indirect.setdefault(param, (name, f"{name} has no input-side path for it"))
     elif name in _PASSES_ON and first is not None:
         if first in made_of:
@@ -172,6 +181,7 @@ def _note_use(
     if operation(node) == "embedding" and _argument(node, 3, "max_norm") is not None:
         _note_others([weight], made_of, found, "an embedding with max_norm, which writes into it,")
         return
+    found.calls.append(Call(node, x, made_of[weight]))
     known = turned.get(weight)
     lies = _lies(node, left, known) if known is not None and isinstance(x, fx.Node) and not made_of.get(x) else None
     if known is not None and lies is not None:
