@@ -123,21 +123,20 @@ def share(rows: Sequence[Row]) -> float:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    table = Table("family", "cases", *OUTCOMES, "share")
+    table = Table("family", "cases", *OUTCOMES, "share", "sites", "left out")
     for family in FAMILIES:
         own = [row for row in rows if row.family == family]
         counts = [str(sum(row.outcome == outcome for row in own)) for outcome in OUTCOMES]
         if own:
-            table.add_row(family, str(len(own)), *counts, f"{share(own):.1%}")
+            table.add_row(family, str(len(own)), *counts, f"{share(own):.1%}", *(str(sum(x)) for x in ([r.sites for r in own], [r.left for r in own])))
     return table
 
 
-def failures(rows: Sequence[Row]) -> Table:
-    table = Table("case", "model", "outcome", "sites", "reason", title="not right")
+def failures(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for every case that is not right, and one for every reason of those that transformers itself cannot run."""
     for row in sorted(rows, key=lambda row: (OUTCOMES.index(row.outcome), row.family, row.name)):
         if row.outcome != RIGHT or row.onnx.startswith("WRONG"):
-            table.add_row(f"{row.family}:{row.name}", row.model, row.outcome, str(row.sites), row.reason[:300] or row.onnx)
-    return table
+            yield f"{row.outcome}: {row.family}:{row.name} ({row.model}, {row.sites} sites): {row.reason[:400] or row.onnx}"
 
 
 def main() -> None:
@@ -162,7 +161,8 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n", encoding="utf-8")
     console = Console(width=200)
-    console.print(failures(rows))
+    for line in failures(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(summary(rows))
 
 

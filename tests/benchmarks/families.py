@@ -12,8 +12,9 @@ from unittest.mock import MagicMock
 import torch
 import transformers
 from torch import nn
+from transformers.utils import import_utils
 
-from benchmarks.tiny import CannotBuild, Tiny
+from benchmarks.tiny import CannotBuild, Tiny, liven
 
 BATCH = 2
 LARGEST = 30_000_000  # parameters
@@ -38,6 +39,11 @@ def _load() -> Any:
         sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})  # type: ignore[attr-defined]
     import timm
 
+    # transformers asks for torchvision whenever it needs timm; its backbones only need timm itself.
+    for module in (transformers.utils, import_utils):
+        module.is_timm_available = lambda: True
+    backends = import_utils.BACKENDS_MAPPING
+    backends["timm"] = (lambda: True, *backends["timm"][1:])
     return timm
 
 
@@ -78,7 +84,7 @@ def build(name: str) -> Tiny:
                 errors.insert(0, f"{model_name}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             try:
-                return Tiny(_livened(model), _inputs(model), f"{model_name} {cut or ''}")
+                return Tiny(liven(model), _inputs(model), f"{model_name} {cut or ''}")
             except Exception as error:  # noqa: BLE001
                 errors.append(f"{model_name}: {type(error).__name__}: {str(error)[:200]}")
     raise CannotBuild(errors[0])
@@ -100,14 +106,6 @@ def _smallest(family: str) -> list[str]:
         except Exception:  # noqa: BLE001  some make numbers while they are built
             sized.append((LARGEST, model))
     return [model for _, model in sorted(sized)]
-
-
-def _livened(model: nn.Module) -> nn.Module:
-    """The model without weights of zeros, which many start their last layers with: they have no directions."""
-    for parameter in model.parameters():
-        if parameter.ndim >= 2 and float(parameter.detach().double().std()) < 1e-3:
-            nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def _inputs(model: Any) -> tuple[torch.Tensor]:

@@ -1,6 +1,7 @@
 """One model through transform -> random adapters -> forward -> fold -> forward, and what must hold on the way."""
 
 import copy
+import math
 import tempfile
 import traceback
 import warnings
@@ -36,6 +37,7 @@ class Row:
     sites: int = 0
     seconds: float = 0.0
     onnx: str = ""
+    left: int = 0  # parameters of two or more dimensions that are no site, not even by request
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,10 +70,16 @@ def judge(row: Row, model: nn.Module, example: Any, options: Mapping[str, Any] |
     except sarac.SaracError as error:
         row.outcome = REFUSED if step == "transform" else UNUSABLE if step == "forward" else CRASHED
         row.reason = f"{step}: {type(error).__name__}: {error}"
+        if "no linear weight" in row.reason:
+            row.reason = "; ".join([row.reason.partition(" sarac.analyze")[0], *_skipped(model)])
     except Exception as error:  # noqa: BLE001  a row for everything
         row.outcome = UNUSABLE if step == "forward" else CRASHED
         row.reason = f"{step}: {said(error)}"
     return row
+
+
+def _skipped(model: nn.Module) -> list[str]:
+    return [f"{name}: {why}" for name, why in list(sarac.trace(model).skipped.items())[:2]]
 
 
 def said(error: BaseException) -> str:
@@ -121,6 +129,8 @@ class _Judged:
             warnings.simplefilter("ignore")
             self.adapted = sarac.transform(self.model, **self.options)
         self.row.sites = sum(len(state.slots) for _, _, state in adapted(self.adapted))
+        self.row.left = len(skipped := sarac.trace(self.model).skipped)
+        self.row.notes += [f"left out: {name}: {why}" for name, why in list(skipped.items())[:3]]
         if type(self.adapted).__name__ != type(self.model).__name__:
             raise Wrong(f"the class became {type(self.adapted).__name__}")
 
@@ -141,8 +151,12 @@ class _Judged:
         self.shaken = outputs(self.adapted, self.inputs)
         if not _finite(self.shaken):
             raise Wrong("random adapters make NaN or Inf")
-        if not _differ(self.shaken, self.base) and self._matters():
+        gap = _gap(self.shaken, self.base)
+        self.moves = gap > 10 * check.gate(torch.float32)
+        if gap == 0.0 and self._matters():
             raise Wrong("random adapters change nothing, other base weights do")
+        if not self.moves:
+            self.row.notes.append(f"adapters move the outputs by {gap:.1g} only")
 
     def folded(self) -> None:
         with warnings.catch_warnings():
@@ -150,7 +164,7 @@ class _Judged:
             merged = sarac.fold(self.adapted)
         plain = outputs(merged, self.inputs)
         self._equal(plain, self.shaken, "folded", sarac.fold)
-        if _differ(self.shaken, self.base) and not _differ(plain, self.base):
+        if self.moves and not _gap(plain, self.base) > 10 * check.gate(torch.float32):
             raise Wrong("the folded model gives the base's outputs")
         if list(merged.state_dict()) != list(self.model.state_dict()):
             odd = set(merged.state_dict()) ^ set(self.model.state_dict())
@@ -251,9 +265,10 @@ def _changed(one: list[Tensor], two: list[Tensor]) -> bool:
         return True
 
 
-def _differ(one: list[Tensor], two: list[Tensor]) -> bool:
+def _gap(one: list[Tensor], two: list[Tensor]) -> float:
+    """The error between two outputs; infinite where they have another form, or NaN in other places."""
     try:
         found = check.difference(one, two)
     except sarac.SaracError:
-        return True
-    return not found.finite or found.error > 10 * check.gate(torch.float32)
+        return math.inf
+    return 0.0 if found.identical else found.error if found.finite else math.inf

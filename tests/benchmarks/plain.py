@@ -38,7 +38,7 @@ def run(row: Row, onnx: bool = False) -> Row:
     elif case.refused and row.outcome == RIGHT:
         row.outcome, row.reason = WRONG, f"adapted, but to be refused with {case.refused!r}"
     elif row.outcome == RIGHT and row.sites < case.sites:
-        row.outcome, row.reason = WRONG, f"{row.sites} sites instead of {case.sites} or more"
+        row.outcome, row.reason = REFUSED, f"{row.sites} sites instead of {case.sites} or more"
     return row
 
 

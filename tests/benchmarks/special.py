@@ -3,17 +3,138 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 VOCABULARY = 128
 FIRST_ID = 64  # random ids lie above, special tokens below
 WIDTH = 32
+BATCH, TOKENS = 2, 12
+
+_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2, "input_size": 1}
+_EFFICIENT = {
+    "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 640, "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+    "in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
+}  # fmt: skip
+_HIERA = {
+    "hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1],
+    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 4, 2],
+    "global_attention_blocks": [2],
+}  # fmt: skip
+_HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+_RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+_DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
+_CODEC = {"upsample_groups": WIDTH}
 
 # Fields that are set in every config of this type, wherever it stands.
-CONFIGS: dict[str, dict[str, Any]] = {}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "align_vision_model": _EFFICIENT,
+    "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [2, 3]},
+    "dinov3_convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
+    "efficientnet": _EFFICIENT,
+    "gemma4_text": _GEMMA4,
+    "glm5_next_text": {"index_topk": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "informer": {**_SERIES, "label_length": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "mimi": _CODEC,
+    "mimi_decoder": _CODEC,
+    "pocket_tts_audio_tokenizer": _CODEC,
+    "pocket_tts_audio_tokenizer_decoder": _CODEC,
+    "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 64},
+    "rt_detr": _DETR,
+    "rt_detr_resnet": _RESNET,
+    "rt_detr_v2": _DETR,
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": {**_HIERA_NECK, "fpn_hidden_size": WIDTH},
+    "sam2_prompt_encoder": {"image_size": 64, "patch_size": 16, "hidden_size": WIDTH},
+    "sam2_video": {"image_size": 64},
+    "time_series_transformer": _SERIES,
+    "timm_backbone": {"backbone": "test_resnet", "use_pretrained_backbone": False},
+    "timm_wrapper": {"architecture": "test_vit"},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "zamba": {"num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+}
 # Whole configs, for types whose class needs arguments.
 MODELS: dict[str, Callable[[], Any]] = {}
 # Classes to try before those of the auto mappings.
-CLASSES: dict[str, list[str]] = {}
-# Inputs from the model's config.
-INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+CLASSES: dict[str, list[str]] = {"musicgen_decoder": ["MusicgenModel"]}
 # Types that run only without fused attention.
 EAGER: set[str] = set()
+
+
+def ids(*shape: int, high: int = VOCABULARY) -> torch.Tensor:
+    return torch.randint(min(FIRST_ID, high // 2), high, shape or (BATCH, TOKENS))
+
+
+def _series(config: Any) -> dict[str, Any]:
+    past, features = config.context_length + max(config.lags_sequence), config.num_time_features
+    return {
+        "past_values": torch.rand(BATCH, past),
+        "past_time_features": torch.randn(BATCH, past, features),
+        "past_observed_mask": torch.ones(BATCH, past),
+        "future_values": torch.rand(BATCH, config.prediction_length),
+        "future_time_features": torch.randn(BATCH, config.prediction_length, features),
+    }
+
+
+def _window(config: Any) -> dict[str, Any]:
+    return {"past_values": torch.randn(BATCH, config.context_length, config.num_input_channels)}
+
+
+def _codes(config: Any) -> dict[str, Any]:
+    return {"input_ids": torch.randint(0, 16, (BATCH * config.num_codebooks, TOKENS))}
+
+
+def _music(config: Any) -> dict[str, Any]:
+    books = config.decoder.num_codebooks
+    return {"input_ids": ids(), "decoder_input_ids": torch.randint(0, 16, (BATCH * books, 6))}
+
+
+def _dia(config: Any) -> dict[str, Any]:
+    return {"input_ids": ids(), "decoder_input_ids": torch.randint(0, 16, (BATCH, 6, config.decoder_config.num_channels))}
+
+
+def _decisions(config: Any) -> dict[str, Any]:
+    return {
+        "states": torch.randn(BATCH, 5, config.state_dim), "actions": torch.randn(BATCH, 5, config.act_dim),
+        "rewards": torch.randn(BATCH, 5, 1), "returns_to_go": torch.randn(BATCH, 5, 1),
+        "timesteps": torch.arange(5).repeat(BATCH, 1), "attention_mask": torch.ones(BATCH, 5),
+    }  # fmt: skip
+
+
+def _lxmert(config: Any) -> dict[str, Any]:
+    regions = torch.randn(BATCH, 4, config.visual_feat_dim), torch.rand(BATCH, 4, config.visual_pos_dim)
+    return {"input_ids": ids(), "visual_feats": regions[0], "visual_pos": regions[1]}
+
+
+def _flat_patches(config: Any) -> dict[str, Any]:
+    vision = getattr(config, "vision_config", config)
+    width = 2 + vision.patch_embed_hidden_size if hasattr(vision, "patch_embed_hidden_size") else 2 + vision.patch_size**2 * 3
+    places = torch.stack([torch.arange(9) // 3, torch.arange(9) % 3], -1).float() + 1
+    patches = torch.cat([places.expand(BATCH, 9, 2), torch.randn(BATCH, 9, width - 2)], -1)
+    extra = {"decoder_input_ids": ids(BATCH, 6)} if vision is not config else {}
+    return {"flattened_patches": patches, **extra}
+
+
+# Inputs from the model's config.
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "autoformer": _series,
+    "decision_transformer": _decisions,
+    "dia": _dia,
+    "informer": _series,
+    "lxmert": _lxmert,
+    "musicgen": _music,
+    "musicgen_decoder": _codes,
+    "musicgen_melody": _music,
+    "musicgen_melody_decoder": _codes,
+    "patchtsmixer": _window,
+    "patchtst": _window,
+    "pix2struct": _flat_patches,
+    "pix2struct_vision_model": _flat_patches,
+    "time_series_transformer": _series,
+}

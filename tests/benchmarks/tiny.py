@@ -96,18 +96,33 @@ def _config_of(model: type) -> Any:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Every width becomes 32, every head 8 wide, every stack two layers deep."""
+    """Every width becomes 32, every head 8 wide, every stack two layers deep; with `sections` for rotary axes where none are named."""
 
     layers: int = 2
+    sections: bool = False
 
     def __call__(self, name: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(_listed(name, list(value)))
         for pattern, size in _SIZES:
             if re.search(pattern, name):
-                small = size(value) if callable(size) else min(size, value)
+                limit = self.layers if isinstance(size, str) else size
+                small = limit(value) if callable(limit) else min(limit, value)
                 return type(value)(small) if isinstance(value, int | float) else small
         return value
+
+
+_FILLED = {
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": HEAD, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    "sliding_window": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, "prediction_length": 4,
+    "pad_token_id": 0, "attention_head_dim": HEAD, "num_local_experts": 4, "moe_topk": 2, "attention_chunk_size": 8,
+    "eval_size": None, "attn_head_dim": HEAD, "block_auto_adjust_ff_dim": False, "n_shared_experts": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Filled(Fixed):
+    """As fixed, and sizes that the class leaves open are given."""
 
 
 @dataclass(frozen=True)
@@ -115,48 +130,60 @@ class Divided:
     """Depths and vocabularies as by the fixed rule, every width divided by one number, heads as they are."""
 
     by: int
+    layers: int = 2
 
     def __call__(self, name: str, value: Any) -> Any:
         if _WIDTHS.search(name) and not _NO_WIDTHS.search(name):
             if isinstance(value, list | tuple):
                 return type(value)(self._one(item) for item in value)
             return self._one(value)
+        if isinstance(value, list | tuple) and "channels" in name:
+            return type(value)(self._one(item) for item in value)
         if re.search(r"heads?$|head_dim|head_size|d_kv|groups|intermediate|patch|image_size", name):
             return value
-        return Fixed()(name, value)
+        return Fixed(self.layers)(name, value)
 
     def _one(self, value: Any) -> Any:
         return value // self.by if isinstance(value, int) and value % self.by == 0 and value // self.by >= 4 else value
 
 
+RULES: tuple[Any, ...] = (
+    Fixed(), Filled(), Fixed(2, True), Filled(2, True), Fixed(4), Filled(4), Divided(16), Divided(8), Divided(4), Divided(2), Divided(1), Divided(4, 4), Divided(1, 4),
+)  # fmt: skip
 _WIDTHS = re.compile(r"size|dim|channels|width|hidden|n_embd|d_model|d_ff|filters|rank|units|inner|features|planes|d_")
-_NO_WIDTHS = re.compile(
+_NORULES = (
+    Fixed(), Filled(), Fixed(2, True), Filled(2, True), Fixed(4), Filled(4), Divided(16), Divided(8), Divided(4), Divided(2), Divided(1), Divided(4, 4), Divided(1, 4),
+)  # fmt: skip
+_WIDTHS = re.compile(
     r"vocab|image|patch|window|kernel|stride|token|position|_ids?$|chunk|block|batch|codebook_size|merge|pool|buckets|"
     r"cache|_max_|^max_|head|input_size|sampling|num_|layers|_k$|_dims?_ratio|context|temperature|grid|in_channels|state"
 )
-_SIZES: list[tuple[str, int | Callable[[Any], Any]]] = [
+_SIZES: list[tuple[str, int | str | Callable[[Any], Any]]] = [
     (r"(^|_)(type_)?vocab_size|vocabulary|vocab_size$|vocab_size_", VOCABULARY),
     (r"label|loss|coefficient|cost|temperature|theta|sampling_rate|_ids?$|_index$|seed|frequency|bins|buckets", lambda v: v),
     (r"max_window_layers|nextn|num_mtp|skip_layers|kv_shared_layers", lambda v: min(v, 1)),
     (r"first_k_dense|dense_layers|num_shared_layers", lambda v: min(v, 1)),
-    (r"(_layers?|^depth|_depth|n_layer|num_blocks|_blocks|n_blocks|num_layers|layer_num)$", lambda v: min(v, 2)),
+    (r"(_layers?|^depth|_depth|n_layer|num_blocks|_blocks|n_blocks|num_layers|layer_num)$", "layers"),
     (r"(interval|_period|sparse_step|layer_freq|every_n|_pattern)", lambda v: min(v, 2) if isinstance(v, int) else v),
     (r"experts_per_tok|top_?k$|moe_k$|num_selected|topk_experts|num_experts_per|moe_topk", lambda v: min(v, 2)),
+    (r"_offset$", lambda v: min(v, 1)),
+    (r"mamba_n_heads|mamba_num_heads", lambda v: min(v, 8)),
+    (r"mamba_d_ssm", lambda v: min(v, 2 * WIDTH)),
     (r"topk_group|topk_groups", lambda v: min(v, 1)),
     (r"n_group|num_expert_groups", lambda v: min(v, 2)),
     (r"n_shared_experts|num_shared_expert", lambda v: min(v, 1)),
     (r"experts?$|num_experts|n_routed|experts", lambda v: min(v, 4)),
+    (r"head_dim|d_kv|dim_head|attention_head_size|head_size|d_head|head_width|size_per_head|kv_channels", lambda v: min(v, HEAD)),
     (r"(key_value|kv)_heads|num_kv|n_kv|num_key_value|n_head_kv|_kv_head", lambda v: min(v, 2)),
     (r"key_heads|num_k_heads|_heads_k", lambda v: min(v, 2)),
     (r"heads?$|n_heads|num_heads|attention_heads|_nheads", lambda v: min(v, HEADS)),
-    (r"head_dim|d_kv|dim_head|attention_head_size|head_size|d_head|head_width|size_per_head|kv_channels", lambda v: min(v, HEAD)),
     (r"lora_rank|low_rank|_rank$|lora_dim", lambda v: min(v, 16)),
     (r"moe_.*intermediate|expert.*intermediate|expert.*_dim|shared_intermediate", lambda v: min(v, 16)),
     (r"intermediate|ffn|d_ff|mlp_dim|d_inner|inner|feedforward|feed_forward|mlp_hidden", lambda v: min(v, 2 * WIDTH)),
     (r"image_size|img_size|input_size|crop_size", lambda v: min(v, 32) if v > 16 else v),
     (r"patch_size", lambda v: min(v, 8)),
     (r"sliding_window|attention_window|local_window|window_len|local_attn|chunk_length", lambda v: min(v, 8)),
-    (r"window_size|window", lambda v: min(v, 4)),
+    (r"window_size|window", lambda v: 32 if v > 64 else min(v, 4)),  # in pixels, or in patches
     (r"max_source_positions|max_length_input", lambda v: min(v, 16)),
     (r"max_position|n_positions|n_ctx|positions|max_seq|seq_len|context_len|position_embeddings|max_.*length", 128),
     (r"num_queries|num_query_tokens|query_num|num_latents|num_object|resampler_n|num_proposals|num_denoising", lambda v: min(v, 8)),
@@ -210,34 +237,75 @@ def shrunk(config: PreTrainedConfig, rule: Callable[[str, Any], Any], path: str 
     except Exception:  # noqa: BLE001  some need arguments
         fresh = None
     for field in dataclasses.fields(kind):
-        value = getattr(config, field.name, None)
+        value = read(config, field.name)
         if isinstance(value, PreTrainedConfig):
             changed[field.name] = shrunk(value, rule)
             continue
-        derived = field.default is None and fresh is not None and _equal(getattr(fresh, field.name, None), value)
+        if value is None and isinstance(field.default, int):  # it differs from layer to layer
+            value = field.default
+        if isinstance(value, dict):
+            if field.name == "rope_parameters" and getattr(rule, "sections", False):
+                value = {"mrope_section": [16, 24, 24], **value}
+            sections = _sections(value)
+            if sections is not value or not _equal(value, read(fresh, field.name)):
+                changed[field.name] = sections
+            continue
+        derived = field.default is None and fresh is not None and _equal(read(fresh, field.name), value)
+        if value is None and isinstance(rule, Filled) and field.name in _FILLED:
+            changed[field.name] = _FILLED[field.name]
+            continue
         if value is None or isinstance(value, bool | str) or derived or field.name in _KEPT:
-            if derived or value == field.default:
-                continue
-            changed[field.name] = value
+            if not derived and not _equal(value, field.default):
+                changed[field.name] = value
             continue
         token = re.search(r"token_ids?$|token_index$|tokens?_id$|_token$", field.name)
         small = _token(field.name, value) if token else rule(field.name, value)
         changed[field.name] = small
-    layers = changed.get("num_hidden_layers")
-    types = changed.get("layer_types") or changed.get("layers_block_type")
-    if isinstance(types, list) and isinstance(layers, int):
-        key = "layer_types" if changed.get("layer_types") else "layers_block_type"
-        changed[key] = _few(types, layers)
+    old, layers = read(config, "num_hidden_layers"), changed.get("num_hidden_layers")
+    for name, value in changed.items():
+        if isinstance(value, list | tuple) and isinstance(old, int) and isinstance(layers, int) and len(value) == old:
+            changed[name] = type(value)(_few(list(value), layers))
+    changed |= _taps(config, fresh, changed)
+    if {"kv_lora_rank", "qk_nope_head_dim"} & changed.keys() and "num_key_value_heads" in changed:
+        changed["num_key_value_heads"] = changed["num_attention_heads"]  # latent attention has no fewer
     changed |= special.CONFIGS.get(kind.model_type, {})
     return kind(**changed)
+
+
+def _taps(config: Any, fresh: Any, changed: dict[str, Any]) -> dict[str, Any]:
+    """The stages that a backbone gives away: the same ones, or the last ones where there are fewer layers now."""
+    given = read(config, "out_features")
+    if not given or (_equal(given, read(fresh, "out_features")) and len(given) == 1):
+        return {}
+    layers = changed.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return {"out_features": list(given)}
+    return {"out_indices": list(range(layers + 1))[-len(given) :]} if len(given) <= layers else {}
+
+
+def _sections(value: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters whose sections fit the small heads."""
+    if not isinstance(value.get("mrope_section"), list | tuple):
+        return value
+    half = int(HEAD * value.get("partial_rotary_factor", 1.0)) // 2
+    return {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3] if half > 2 else [1, half - 1, 0]}
 
 
 _KEPT = {"dtype", "id2label", "label2id", "problem_type", "transformers_version", "chunk_size_feed_forward", "architectures"}
 
 
-def _few(kinds: list[str], count: int) -> list[str]:
+def _few(kinds: list[Any], count: int) -> list[Any]:
     """`count` layers with as many different kinds as fit."""
-    return (list(dict.fromkeys(kinds)) + kinds)[:count]
+    different = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    return (different + kinds)[:count]
+
+
+def read(config: Any, name: str) -> Any:
+    """A field's value; None where it is not there or differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -265,7 +333,7 @@ def build(kind: str) -> Tiny:
     classes = model_classes(kind)
     if not classes:
         raise CannotBuild(f"{CONFIG_MAPPING[kind].__name__} has no model class of its own in transformers")
-    for rule in (Fixed(), Divided(16), Divided(8), Divided(4), Divided(2), Divided(1)):
+    for rule in RULES:
         for model_class in classes[:4]:
             try:
                 model = _instance(kind, model_class, rule)
@@ -292,17 +360,24 @@ def _instance(kind: str, model_class: Any, rule: Any) -> nn.Module:
         raise CannotBuild(f"{count / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     model = model_class(config)
-    for parameter in model.parameters():  # zeros and ones have no directions
-        if parameter.ndim >= 2 and float(parameter.detach().double().std()) < 1e-3:
-            nn.init.normal_(parameter, std=0.05)
-        if not bool(torch.isfinite(parameter).all()):
-            nn.init.normal_(parameter, std=0.05)
-    return model.float().eval()
+    return liven(model.float().eval())
+
+
+def liven(model: nn.Module) -> nn.Module:
+    """The model without weights of zeros or nothing, and without gates and layer scales that shut a branch."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            if not bool(torch.isfinite(parameter).all()) or (parameter.ndim >= 2 and float(parameter.double().std()) < 1e-3):
+                nn.init.normal_(parameter, std=0.05)
+            elif parameter.ndim < 2 and not name.endswith("bias") and float(parameter.abs().amax()) < 1e-2:
+                parameter.fill_(0.5)
+    return model
 
 
 def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200] if len(lines[0]) > 40 else ' '.join(lines)[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
 
 
 def runnable(model: nn.Module, kind: str) -> dict[str, Any]:
@@ -315,19 +390,35 @@ def runnable(model: nn.Module, kind: str) -> dict[str, Any]:
                 torch.manual_seed(7)
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    model(**inputs)
-                return inputs
+                    model(**_typed(model, inputs))
+                return _typed(model, inputs)
             except Exception as error:  # noqa: BLE001  that is how it is found out
                 errors.append(error)
-                again = _mended(model.config, inputs, str(error))
-                if again is None:
+                again = _mended(model, inputs, str(error))
+                if again is None or all(again[name] is inputs.get(name) for name in again):
                     break
                 inputs = again
-    raise errors[0]
+    raise errors[0] if "match" not in str(errors[0]) else errors[min(1, len(errors) - 1)]
 
 
-def _mended(config: Any, inputs: dict[str, Any], message: str) -> dict[str, Any] | None:
-    """The inputs with as many placeholders as the model has features, where it says so."""
+def _typed(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the type of every token beside the tokens, where the model wants it."""
+    if "mm_token_type_ids" not in inspect.signature(model.forward).parameters or "input_ids" not in inputs:
+        return inputs
+    ids = inputs["input_ids"]
+    types = torch.zeros_like(ids)
+    for number, name in enumerate(("image_token_id", "video_token_id"), 1):
+        token = read(model.config, name)
+        types[ids == (-1 if token is None else token)] = number
+    return {**inputs, "mm_token_type_ids": types}
+
+
+def _mended(model: nn.Module, inputs: dict[str, Any], message: str) -> dict[str, Any] | None:
+    """The inputs with the argument that the model misses, or with as many placeholders as it has features, where it says so."""
+    config: Any = model.config
+    for name in re.findall(r"[a-z_]{4,}", message):  # it says which argument it misses
+        if name in inspect.signature(model.forward).parameters and name not in inputs:
+            return {**inputs, name: _by_name(config, name)}
     found = re.search(r"(image|video|audio|speech|multimodal)?.*tokens.*?(\d+).*features\D*(\d+)", message, re.I | re.S)
     if not found or "input_ids" not in inputs or "match" not in message:
         return None
@@ -356,7 +447,7 @@ def find(config: Any, *names: str, default: Any = None) -> Any:
     while stack:
         now = stack.pop(0)
         for name in names:
-            value = getattr(now, name, None)
+            value = read(now, name)
             if value is not None and not isinstance(value, PreTrainedConfig | dict):
                 return value
         stack += [value for value in vars(now).values() if isinstance(value, PreTrainedConfig)]
@@ -444,7 +535,8 @@ def _vision(config: Any, names: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _patches(config: Any, grid: str) -> dict[str, Any]:
-    patch, merge = find(config, "patch_size", default=8), find(config, "spatial_merge_size", default=2)
+    patch, merge = find(config, "patch_size", default=8), find(config, "spatial_merge_size", "merge_size", default=2)
+    patch, merge = _pair(patch)[0], _pair(merge)[0]
     time, channels = find(config, "temporal_patch_size", default=1), find(config, "in_channels", "num_channels", "in_chans", default=3)
     side = 2 * merge
     pixels = torch.randn(BATCH * side * side, channels * time * patch * patch)
@@ -486,8 +578,11 @@ def _rest(config: Any, names: dict[str, Any], required: list[str], have: dict[st
         wanted = ["inputs_embeds"]
     if not have and not wanted and names:
         wanted = [next(iter(names))]
+    if "grid_thw" in names and "pixel_values" not in have:
+        patches = _patches(config, "grid_thw")
+        found |= {wanted[0] if wanted else next(iter(names)): patches["pixel_values"], "grid_thw": patches["grid_thw"]}
     for name in wanted:
-        found[name] = _by_name(config, name)
+        found.setdefault(name, _by_name(config, name))
     if "task_inputs" in names:
         found["task_inputs"] = ids(config)
     return found
@@ -498,6 +593,8 @@ def _by_name(config: Any, name: str) -> Any:
     width = width if isinstance(width, int) else width[0]
     if "mask" in name:
         return torch.ones(BATCH, TOKENS, dtype=torch.long)
+    if name == "past_values":
+        return torch.rand(BATCH, find(config, "context_length", default=TOKENS) + max(find(config, "lags_sequence", default=[0])), find(config, "num_input_channels", default=1)).squeeze(-1)
     if name == "cu_seqlens":
         return torch.tensor([0, TOKENS])
     if name.endswith("_ids") or name in ("tokens", "codes", "audio_codes"):
