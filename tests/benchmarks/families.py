@@ -17,11 +17,11 @@ from transformers.utils import import_utils
 from benchmarks.tiny import CannotBuild, Tiny, liven
 
 BATCH = 2
-LARGEST = 30_000_000  # parameters
+LARGEST = 60_000_000  # parameters
 # How the makers name small models, the smallest first.
 _SMALL = "test zepto atto femto pico nano micro xxs xxtiny xx_small xs xtiny x_small tiny ti mini s0 b0 s small lite 0 18 050 light".split()
 _SHALLOW: list[dict[str, Any]] = [
-    {"depths": (1, 1, 1, 1)}, {"depths": (1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2}, {"num_blocks": 2}, {},
+    {"embed_dim": 64, "num_heads": 2, "depth": 2}, {"stages": (1, 1, 1, 1)}, {"depths": (1, 1, 1, 1)}, {"depths": (1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2}, {"num_blocks": 2}, {},
 ]  # fmt: skip
 _SIZES = (64, 96, 128)
 
@@ -33,12 +33,16 @@ def _load() -> Any:
         library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
-    else:  # timm needs one class of it, and names for the image transforms that nothing here calls
-        for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"):
-            sys.modules[f"torchvision{name}"] = _Stub(f"torchvision{name}")
-        sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})  # type: ignore[attr-defined]
+    # Without any, timm needs one class of it, and names for the image transforms that nothing here calls.
+    parts = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets") if not _KEPT else ()
+    stubs = {f"torchvision{part}": _Stub(f"torchvision{part}") for part in parts}
+    for stub in stubs.values():
+        stub.__dict__["FrozenBatchNorm2d"] = type("FrozenBatchNorm2d", (nn.Module,), {})
+    sys.modules.update(stubs)
     import timm
 
+    for name in stubs:
+        del sys.modules[name]
     # transformers asks for torchvision whenever it needs timm; its backbones only need timm itself.
     for module in (transformers.utils, import_utils):
         module.is_timm_available = lambda: True
@@ -76,10 +80,10 @@ def build(name: str) -> Tiny:
     for model_name in _smallest(name)[:3]:
         for cut in _SHALLOW:
             try:
+                if _size(model_name, **cut) > LARGEST:
+                    raise CannotBuild(f"{model_name} has more than {LARGEST / 1e6:.0f} M parameters")
                 torch.manual_seed(0)
                 model = timm().create_model(model_name, pretrained=False, num_classes=10, **cut).eval()
-                if sum(p.numel() for p in model.parameters()) > LARGEST:
-                    raise CannotBuild(f"{model_name} has more than {LARGEST / 1e6:.0f} M parameters")
             except Exception as error:  # noqa: BLE001  its constructor takes no such argument
                 errors.insert(0, f"{model_name}: {type(error).__name__}: {str(error)[:200]}")
                 continue
@@ -97,15 +101,18 @@ def _smallest(family: str) -> list[str]:
         parts = re.split(r"[_\.]", model)
         return min([i for i, word in enumerate(_SMALL) if word in parts or model.endswith(word)] or [len(_SMALL)]), len(model)
 
-    sized = []
-    for model in sorted(timm().list_models(module=family), key=rank)[:5]:
+    return sorted(sorted(timm().list_models(module=family), key=rank)[:5], key=_size)
+
+
+def _size(model: str, **cut: Any) -> int:
+    """The number of parameters; 0 for a model that cannot be made without memory for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                sized.append((sum(p.numel() for p in timm().create_model(model, pretrained=False).parameters()), model))
-        except Exception:  # noqa: BLE001  some make numbers while they are built
-            sized.append((LARGEST, model))
-    return [model for _, model in sorted(sized)]
+            with torch.device("meta"):
+                return sum(p.numel() for p in timm().create_model(model, pretrained=False, **cut).parameters())
+        except (RuntimeError, NotImplementedError):  # it makes numbers while it is built
+            return 0
 
 
 def _inputs(model: Any) -> tuple[torch.Tensor]:

@@ -60,7 +60,7 @@ def judge(row: Row, model: nn.Module, example: Any, options: Mapping[str, Any] |
             return row
         check.require_finite(base, "The base model")
         step = "transform"
-        judged = _Judged(row, model, inputs, base, dict(options or {}))
+        judged = Judged(row, model, inputs, base, dict(options or {}))
         judged.transform()
         for step, act in judged.steps(onnx):
             act()
@@ -107,7 +107,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 @dataclass
-class _Judged:
+class Judged:
     row: Row
     model: nn.Module
     inputs: Inputs

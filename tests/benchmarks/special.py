@@ -17,19 +17,40 @@ _EFFICIENT = {
     "in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
 }  # fmt: skip
 _HIERA = {
-    "hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1],
-    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 4, 2],
-    "global_attention_blocks": [2],
+    "hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 8, 8, 8],
+    "global_attention_blocks": [3],
 }  # fmt: skip
 _HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
 _DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
+_STREAM = {"chunk_length": 16, "chunk_right_context": 4}
+_HGNET_DETR = {**_DETR, "encoder_in_channels": [64, 128, 256]}
 _CODEC = {"upsample_groups": WIDTH}
 
 # Fields that are set in every config of this type, wherever it stands.
 CONFIGS: dict[str, dict[str, Any]] = {
     "align_vision_model": _EFFICIENT,
     "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]]},
+    "hgnet_v2": {"stem_channels": [3, 8, 16], "stage_in_channels": [16, 32, 64, 128], "stage_mid_channels": [8, 16, 16, 32],
+                 "stage_out_channels": [32, 64, 128, 256], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {"intermediate_size": 128},
+    "neomme": {"head_dim": 32},
+    "nemotron3_diarization": _STREAM,
+    "nemotron3_5_transcribe_audio": _STREAM,
+    "align": {"projection_dim": 80},
+    "d_fine": _HGNET_DETR,
+    "deimv2": _HGNET_DETR,
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pp_doclayout_v2": _HGNET_DETR,
+    "pp_doclayout_v3": _HGNET_DETR,
+    "pp_doclayout_v4": _HGNET_DETR,
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [2, 3]},
     "dinov3_convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
     "efficientnet": _EFFICIENT,
@@ -52,10 +73,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sam2_video": {"image_size": 64},
     "time_series_transformer": _SERIES,
     "timm_backbone": {"backbone": "test_resnet", "use_pretrained_backbone": False},
-    "timm_wrapper": {"architecture": "test_vit"},
+    "timm_wrapper": {"architecture": "test_vit", "model_args": None},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "cvt": {"drop_path_rate": [0.0, 0.0, 0.0], "embed_dim": [16, 32, 64], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
     "zamba": {"num_hidden_layers": 3},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
@@ -121,6 +144,25 @@ def _flat_patches(config: Any) -> dict[str, Any]:
     return {"flattened_patches": patches, **extra}
 
 
+def _tiles(config: Any) -> dict[str, Any]:
+    size, tiles = config.image_size, config.max_num_tiles
+    pixels = torch.randn(BATCH, 1, tiles, 3, size, size)
+    ones = torch.ones(BATCH, 1, dtype=torch.long)
+    return {"pixel_values": pixels, "aspect_ratio_ids": ones, "aspect_ratio_mask": ones[..., None].repeat(1, 1, tiles)}
+
+
+def _channels(config: Any) -> dict[str, Any]:
+    return {"latents": torch.randn(BATCH, config.hidden_size, TOKENS)}
+
+
+def _mels(config: Any) -> dict[str, Any]:
+    return {"mel_spectrogram": torch.randn(BATCH, config.mel_dim, TOKENS)}
+
+
+def _books(config: Any) -> dict[str, Any]:
+    return {"input_ids": torch.randint(0, 16, (BATCH, TOKENS, config.num_codebooks + 1))}
+
+
 # Inputs from the model's config.
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "autoformer": _series,
@@ -128,6 +170,10 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "dia": _dia,
     "informer": _series,
     "lxmert": _lxmert,
+    "kyutai_speech_to_text": _books,
+    "mimi": lambda config: {"input_values": torch.randn(BATCH, 1, 4000)},
+    "mimi_decoder": _channels,
+    "mllama_vision_model": _tiles,
     "musicgen": _music,
     "musicgen_decoder": _codes,
     "musicgen_melody": _music,
@@ -136,5 +182,7 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "patchtst": _window,
     "pix2struct": _flat_patches,
     "pix2struct_vision_model": _flat_patches,
+    "pocket_tts_audio_tokenizer_decoder": _channels,
+    "qwen2_5_omni_bigvgan": _mels,
     "time_series_transformer": _series,
 }

@@ -116,7 +116,7 @@ _FILLED = {
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": HEAD, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     "sliding_window": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, "prediction_length": 4,
     "pad_token_id": 0, "attention_head_dim": HEAD, "num_local_experts": 4, "moe_topk": 2, "attention_chunk_size": 8,
-    "eval_size": None, "attn_head_dim": HEAD, "block_auto_adjust_ff_dim": False, "n_shared_experts": 1,
+    "image_token_id": 10, "image_token_index": 10, "video_token_id": 11, "audio_token_id": 12, "attn_head_dim": HEAD, "block_auto_adjust_ff_dim": False, "n_shared_experts": 1,
 }  # fmt: skip
 
 
@@ -166,6 +166,7 @@ _SIZES: list[tuple[str, int | str | Callable[[Any], Any]]] = [
     (r"(_layers?|^depth|_depth|n_layer|num_blocks|_blocks|n_blocks|num_layers|layer_num)$", "layers"),
     (r"(interval|_period|sparse_step|layer_freq|every_n|_pattern)", lambda v: min(v, 2) if isinstance(v, int) else v),
     (r"experts_per_tok|top_?k$|moe_k$|num_selected|topk_experts|num_experts_per|moe_topk", lambda v: min(v, 2)),
+    (r"rotary_dim|rotary_ndims", lambda v: min(v, HEAD // 2)),
     (r"_offset$", lambda v: min(v, 1)),
     (r"mamba_n_heads|mamba_num_heads", lambda v: min(v, 8)),
     (r"mamba_d_ssm", lambda v: min(v, 2 * WIDTH)),
@@ -191,7 +192,7 @@ _SIZES: list[tuple[str, int | str | Callable[[Any], Any]]] = [
     (r"mel|input_feat|feature_size|num_freq|n_fft", lambda v: v if v <= 128 else v),
     (r"kernel|stride|dilation|num_channels|in_chan|input_channels|groups|factor|rate|ratio|merge|scale", lambda v: v),
     (r"state_size|d_state|ssm_state|conv_dim", lambda v: min(v, 8)),
-    (r"codebook_size|codebook", lambda v: min(v, 16)),
+    (r"codebook_size|codebooks$|quantizers", lambda v: min(v, 16)),
     (r"size|dim|hidden|width|channels|d_model|n_embd|units|filters|features|planes|embd|d_", lambda v: min(v, WIDTH)),
 ]
 
@@ -351,6 +352,14 @@ def build(kind: str) -> Tiny:
 def _instance(kind: str, model_class: Any, rule: Any) -> nn.Module:
     make = special.MODELS.get(kind)
     config = make() if make else shrunk(CONFIG_MAPPING[kind](), rule)
+    for _ in range(6):
+        try:
+            with torch.device("meta"):
+                model_class(config)
+            break
+        except AttributeError as error:
+            if not _given(config, str(error)):
+                raise
     for name in ("_attn_implementation", "_experts_implementation"):
         if kind in special.EAGER:
             setattr(config, name, "eager")
@@ -361,6 +370,27 @@ def _instance(kind: str, model_class: Any, rule: Any) -> nn.Module:
     torch.manual_seed(0)
     model = model_class(config)
     return liven(model.float().eval())
+
+
+_MISSING = {
+    "num_key_value_heads": 2, "num_attention_heads": HEADS, "hidden_size": WIDTH, "rope_theta": 1e4, "initializer_range": 0.02,
+    "dropout_rate": 0.0, "shared_expert_intermediate_size": 16, "intermediate_size": 2 * WIDTH, "max_position_embeddings": 128,
+    "vision_start_token_id": 13, "vision_end_token_id": 14, "attention_dropout": 0.0, "num_hidden_layers": 2, "embed_dim": WIDTH,
+}  # fmt: skip
+
+
+def _given(config: Any, message: str) -> bool:
+    """Whether an attribute that a config lacks could be given to it."""
+    found = re.search(r"'(\w+)' object has no attribute '(\w+)'", message)
+    if found is None or found[2] not in _MISSING:
+        return False
+    parts, done = [config], False
+    for part in parts:
+        parts += [value for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
+        if type(part).__name__ == found[1] and found[2] not in vars(part):
+            setattr(part, found[2], _MISSING[found[2]])
+            done = True
+    return done
 
 
 def liven(model: nn.Module) -> nn.Module:
