@@ -127,9 +127,7 @@ def test_model_that_is_not_itself_is_not_judged() -> None:
     assert "two calls" in row.reason
 
 
-@pytest.mark.parametrize(
-    ("rows", "share"), [("rr", 1.0), ("rf", 0.5), ("ru", 1.0), ("uu", 1.0), ("rrrw", 0.75), ("c", 0.0)]
-)
+@pytest.mark.parametrize(("rows", "share"), [("rr", 1.0), ("rf", 0.5), ("ru", 1.0), ("uu", 1.0), ("rrrw", 0.75), ("c", 0.0)])
 def test_share_leaves_out_only_what_cannot_run(rows: str, share: float) -> None:
     outcomes = {"r": judge.RIGHT, "f": judge.REFUSED, "u": judge.UNUSABLE, "w": judge.WRONG, "c": judge.CRASHED}
     assert coverage.share([judge.Row("plain", str(i), outcomes[letter]) for i, letter in enumerate(rows)]) == share
@@ -155,7 +153,9 @@ def test_death_and_hang_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    monkeypatch.setattr("sys.argv", ["coverage.py", "--only", "plain:Linear", "plain:LayerNorm alone", "-j", "1", "--out", str(out)])
+    monkeypatch.setattr(
+        "sys.argv", ["coverage.py", "--only", "plain:Linear", "plain:LayerNorm alone", "-j", "1", "--out", str(out)]
+    )
     coverage.main()
     assert [(row["name"], row["outcome"]) for row in json.loads(out.read_text())] == [
         ("Linear", judge.RIGHT), ("LayerNorm alone", judge.RIGHT),

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # `benchmarks` is a folder of `tests`; its own files are not to be found by their bare names
-    sys.path = [str(Path(__file__).resolve().parents[1]), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
+    sys.path = [
+        str(Path(__file__).resolve().parents[1]),
+        *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent),
+    ]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import families, plain, tiny
 from benchmarks.judge import CRASHED, REFUSED, RIGHT, UNUSABLE, WRONG, Row, judge, said
+from rich.console import Console
+from rich.table import Table
 
 OUTCOMES = (RIGHT, REFUSED, WRONG, CRASHED, UNUSABLE)
 FAMILIES = ("transformers", "timm", "plain")
@@ -92,7 +94,7 @@ def run_all(todo: Sequence[tuple[str, str]], jobs: int, limit: float, **how: boo
             spent = time.perf_counter() - started
             if pipe in ready:
                 try:
-                    row = pipe.recv()  # noqa: PLW2901
+                    row = pipe.recv()
                 except EOFError:
                     process.join()
                     row.outcome, row.reason = CRASHED, f"the process died with status {process.exitcode}"
@@ -129,7 +131,13 @@ def summary(rows: Sequence[Row]) -> Table:
         own = [row for row in rows if row.family == family]
         counts = [str(sum(row.outcome == outcome for row in own)) for outcome in OUTCOMES]
         if own:
-            table.add_row(family, str(len(own)), *counts, f"{share(own):.1%}", *(str(sum(x)) for x in ([r.sites for r in own], [r.left for r in own])))
+            table.add_row(
+                family,
+                str(len(own)),
+                *counts,
+                f"{share(own):.1%}",
+                *(str(sum(x)) for x in ([r.sites for r in own], [r.left for r in own])),
+            )
     return table
 
 
@@ -156,7 +164,7 @@ def main() -> None:
         rows.append(row)
         done = f"{len(rows)}/{len(todo)} {time.perf_counter() - started:.0f} s"
         progress.print(
-            f"{done} {row.family}:{row.name} {row.outcome} {row.sites} sites {row.seconds:.1f} s {row.reason[:160]} {row.onnx[:80]}",
+            f"{done} {row.family}:{row.name} {row.outcome} {row.sites} sites {row.seconds:.1f} s {row.reason[:160]} {row.onnx}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         if options.out:

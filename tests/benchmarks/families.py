@@ -11,17 +11,19 @@ from unittest.mock import MagicMock
 
 import torch
 import transformers
+from benchmarks.tiny import CannotBuild, Tiny, liven
 from torch import nn
 from transformers.utils import import_utils
-
-from benchmarks.tiny import CannotBuild, Tiny, liven
 
 BATCH = 2
 LARGEST = 60_000_000  # parameters
 # How the makers name small models, the smallest first.
-_SMALL = "test zepto atto femto pico nano micro xxs xxtiny xx_small xs xtiny x_small tiny ti mini s0 b0 s small lite 0 18 050 light".split()
+_SMALL = """
+    test zepto atto femto pico nano micro xxs xxtiny xx_small xs xtiny x_small tiny ti mini s0 b0 s small lite 0 18 050 light
+""".split()
 _SHALLOW: list[dict[str, Any]] = [
-    {"embed_dim": 64, "num_heads": 2, "depth": 2}, {"stages": (1, 1, 1, 1)}, {"depths": (1, 1, 1, 1)}, {"depths": (1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2}, {"num_blocks": 2}, {},
+    {"embed_dim": 64, "num_heads": 2, "depth": 2}, {"stages": (1, 1, 1, 1)}, {"depths": (1, 1, 1, 1)}, {"depths": (1, 1, 1)},
+    {"layers": (1, 1, 1, 1)}, {"depth": 2}, {"num_blocks": 2}, {},
 ]  # fmt: skip
 _SIZES = (64, 96, 128)
 
@@ -30,7 +32,7 @@ def _load() -> Any:
     """Import timm, which wants torchvision, which does not import beside a CPU build of torch until its own op is defined."""
     transformers.utils.is_torchvision_available()  # it asks once, and is to see what is really there
     if importlib.util.find_spec("torchvision") is not None:
-        library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+        library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
     # Without any, timm needs one class of it, and names for the image transforms that nothing here calls.
@@ -55,7 +57,7 @@ _KEPT: list[Any] = []
 
 
 class _Stub(types.ModuleType):
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "models":
@@ -128,4 +130,3 @@ def _inputs(model: Any) -> tuple[torch.Tensor]:
         except Exception as error:  # noqa: BLE001
             errors.append(error)
     raise errors[-1]
-

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo import shake
 
 import sarac
 from sarac.ir import check
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted
-from zoo import shake
 
 RIGHT, REFUSED, WRONG, CRASHED, UNUSABLE = "right", "refused", "WRONG", "crashed", "cannot be built or run"
 ONNX_ERROR = 1e-3  # the export checks itself: this is only what the column calls equal
@@ -62,7 +62,8 @@ def judge(row: Row, model: nn.Module, example: Any, options: Mapping[str, Any] |
         step = "transform"
         judged = Judged(row, model, inputs, base, dict(options or {}))
         judged.transform()
-        for step, act in judged.steps(onnx):
+        for name, act in judged.steps(onnx):
+            step = name
             act()
         row.outcome = RIGHT
     except Wrong as error:
@@ -206,7 +207,11 @@ class Judged:
 
     def effects(self) -> None:
         """Each of some sites alone: its adapter changes the outputs if and only if another base weight does."""
-        slots = [(slot, module, slot.tensors(module)["shift"]) for _, module, state in adapted(self.adapted) for slot in state.slots.values()]
+        slots = [
+            (slot, module, slot.tensors(module)["shift"])
+            for _, module, state in adapted(self.adapted)
+            for slot in state.slots.values()
+        ]
         kept = [shift.data.clone() for _, _, shift in slots]
         for _, _, shift in slots:
             shift.data.zero_()

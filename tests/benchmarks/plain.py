@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.judge import REFUSED, RIGHT, WRONG, Row, judge
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-
-from benchmarks.judge import REFUSED, RIGHT, WRONG, Row, judge
 from zoo import CALLS, Own, Shared, TiedHead, Twice
 
 ROWS, TOKENS, WIDTH, OUT, EXPERTS, IDS = 2, 5, 12, 8, 4, 32
@@ -313,16 +312,24 @@ def _attention() -> Iterator[tuple[str, Plain]]:
     for name, options in ways.items():
         yield f"MultiheadAttention, {name}", Plain(lambda o=options: mha(WIDTH, 2, batch_first=True, **o), three)
     yield "MultiheadAttention, sequence first", Plain(lambda: mha(WIDTH, 2), three)
-    yield "MultiheadAttention, other kdim", Plain(
-        lambda: mha(WIDTH, 2, kdim=6, vdim=8, batch_first=True), lambda: (sequence(), x(ROWS, TOKENS, 6)(), x(ROWS, TOKENS, 8)())
+    yield (
+        "MultiheadAttention, other kdim",
+        Plain(
+            lambda: mha(WIDTH, 2, kdim=6, vdim=8, batch_first=True),
+            lambda: (sequence(), x(ROWS, TOKENS, 6)(), x(ROWS, TOKENS, 8)()),
+        ),
     )
-    yield "MultiheadAttention, self", Plain(
-        lambda: Called(mha(WIDTH, 2, batch_first=True), lambda m, y: m(y, y, y, need_weights=False)[0]), sequence
+    yield (
+        "MultiheadAttention, self",
+        Plain(lambda: Called(mha(WIDTH, 2, batch_first=True), lambda m, y: m(y, y, y, need_weights=False)[0]), sequence),
     )
     wide = {"dim_feedforward": 16, "batch_first": True}
     for train in (False, True):
         mode = "train" if train else "eval"
-        yield f"TransformerEncoderLayer, {mode}", Plain(lambda: nn.TransformerEncoderLayer(WIDTH, 2, **wide), sequence, train=train)
+        yield (
+            f"TransformerEncoderLayer, {mode}",
+            Plain(lambda: nn.TransformerEncoderLayer(WIDTH, 2, **wide), sequence, train=train),
+        )
         yield f"TransformerDecoderLayer, {mode}", Plain(lambda: nn.TransformerDecoderLayer(WIDTH, 2, **wide), two, train=train)
         yield f"Transformer, {mode}", Plain(lambda: nn.Transformer(WIDTH, 2, 1, 1, **wide), two, train=train)
         yield f"TransformerEncoder, {mode}", Plain(
@@ -420,12 +427,16 @@ def _wholes() -> Iterator[tuple[str, Plain]]:
     yield "branching on numbers", Plain(Branching, flat)
     yield "product of weights", Plain(LowRank, flat)
     yield "kernel as a matrix", Plain(Hyper, sequence)
-    yield "weight read from outside", Plain(
-        lambda: Called(nn.Linear(WIDTH, OUT), lambda m, y: F.linear(y, m.weight, m.bias)), flat
+    yield (
+        "weight read from outside",
+        Plain(lambda: Called(nn.Linear(WIDTH, OUT), lambda m, y: F.linear(y, m.weight, m.bias)), flat),
     )
     yield "weight read from outside, transposed", Plain(lambda: Called(nn.Linear(WIDTH, OUT), lambda m, y: y @ m.weight.T), flat)
-    yield "checkpointed", Plain(
-        lambda: Called(nn.Linear(WIDTH, OUT), lambda m, y: torch.utils.checkpoint.checkpoint(m, y, use_reentrant=False)), flat
+    yield (
+        "checkpointed",
+        Plain(
+            lambda: Called(nn.Linear(WIDTH, OUT), lambda m, y: torch.utils.checkpoint.checkpoint(m, y, use_reentrant=False)), flat
+        ),
     )
     yield "hooked", Plain(_hooked, flat)
     yield "scripted", Plain(lambda: torch.jit.script(nn.Sequential(nn.Linear(WIDTH, OUT))), flat, "script")

@@ -10,7 +10,8 @@ FIRST_ID = 64  # random ids lie above, special tokens below
 WIDTH = 32
 BATCH, TOKENS = 2, 12
 
-_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_BOTH = ["sliding_attention", "full_attention"]
+_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "layer_types": _BOTH}
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2, "input_size": 1}
 _EFFICIENT = {
     "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 640, "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
@@ -25,6 +26,8 @@ _HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_siz
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
 _DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
 _STREAM = {"chunk_length": 16, "chunk_right_context": 4}
+_SAM = {"image_size": 64, "patch_size": 16, "output_channels": WIDTH, "num_pos_feats": 16, "global_attn_indexes": [1]}
+_SAM_PROMPT = {"image_size": 64, "patch_size": 16, "image_embedding_size": 4, "hidden_size": WIDTH}
 _HGNET_DETR = {**_DETR, "encoder_in_channels": [64, 128, 256]}
 _CODEC = {"upsample_groups": WIDTH}
 
@@ -35,13 +38,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]]},
-    "hgnet_v2": {"stem_channels": [3, 8, 16], "stage_in_channels": [16, 32, 64, 128], "stage_mid_channels": [8, 16, 16, 32],
-                 "stage_out_channels": [32, 64, 128, 256], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1]},
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 32, 64, 128],
+        "stage_mid_channels": [8, 16, 16, 32],
+        "stage_out_channels": [32, 64, 128, 256],
+        "hidden_sizes": [32, 64, 128, 256],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [1, 1, 1, 1],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_vision_model": {"intermediate_size": 128},
     "neomme": {"head_dim": 32},
     "nemotron3_diarization": _STREAM,
     "nemotron3_5_transcribe_audio": _STREAM,
+    "pp_formulanet_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
+    "sam_hq_vision_model": _SAM,
+    "sam_mask_decoder": {"hidden_size": WIDTH},
+    "sam_prompt_encoder": _SAM_PROMPT,
+    "sam_hq_prompt_encoder": _SAM_PROMPT,
+    "sam_vision_model": _SAM,
+    "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0},
+    "slanext": {"post_conv_in_channels": WIDTH},
+    "slanext_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
+    "vitmatte": {"convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [32, 16, 8, 8]},
+    "xmod": {"default_language": "en_XX"},
     "align": {"projection_dim": 80},
     "d_fine": _HGNET_DETR,
     "deimv2": _HGNET_DETR,
@@ -163,6 +184,58 @@ def _books(config: Any) -> dict[str, Any]:
     return {"input_ids": torch.randint(0, 16, (BATCH, TOKENS, config.num_codebooks + 1))}
 
 
+def _pictures(config: Any) -> dict[str, Any]:
+    height = config.image_size[0] // 2
+    return {
+        name: torch.randn(BATCH, 3, height, config.image_size[1])
+        for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    }
+
+
+def _past(config: Any) -> dict[str, Any]:
+    return {
+        "past_values": torch.randn(BATCH, config.context_length),
+        "past_values_padding": torch.zeros(BATCH, config.context_length, dtype=torch.long),
+        "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+    }
+
+
+def _interleaved(config: Any) -> dict[str, Any]:
+    size = config.vision_config.image_size
+    return {
+        "input_ids": ids(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
+        "pixel_values": torch.randn(BATCH, 1, 3, size, size), "image_attention_mask": torch.ones(BATCH, TOKENS, 1),
+    }  # fmt: skip
+
+
+def _grounded(config: Any) -> dict[str, Any]:
+    size, places = config.vision_config.image_size, torch.zeros(BATCH, TOKENS, dtype=torch.long)
+    places[:, : config.latent_query_num] = 1
+    return {"pixel_values": torch.randn(BATCH, 3, size, size), "input_ids": ids(), "image_embeds_position_mask": places}
+
+
+def _speech(config: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(BATCH, 4000), "decoder_input_ids": ids(BATCH, 6)}
+
+
+def _squares(config: Any) -> dict[str, Any]:
+    size = config.patch_size
+    return {"pixel_values": torch.randn(32, 3, size, size), "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
+
+
+def _lengths(name: str) -> Callable[[Any], dict[str, Any]]:
+    def make(config: Any) -> dict[str, Any]:
+        return {"input_features": torch.randn(config.num_mel_bins, 64), name: torch.tensor([32, 32])}
+
+    return make
+
+
+def _conformed(config: Any) -> dict[str, Any]:
+    width = getattr(config, "input_size", None) or getattr(config, "input_dim", 80)
+    masks = torch.ones(BATCH, 32, dtype=torch.long)
+    return {"input_features": torch.randn(BATCH, 32, width), "input_features_mask": masks}
+
+
 # Inputs from the model's config.
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "autoformer": _series,
@@ -170,6 +243,24 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "dia": _dia,
     "informer": _series,
     "lxmert": _lxmert,
+    "florence_vision": lambda config: {"hidden_states": torch.randn(BATCH, 3, 64, 64)},
+    "fun_asr_nano_encoder": _conformed,
+    "gemma3n_audio": lambda config: {
+        "audio_mel": torch.randn(BATCH, 32, config.input_feat_size),
+        "audio_mel_mask": torch.zeros(BATCH, 32, dtype=torch.bool),
+    },
+    "idefics": _interleaved,
+    "kimi_k25_vision": _squares,
+    "kosmos-2": _grounded,
+    "paddleocr_vl_vision": lambda config: {
+        "pixel_values": torch.randn(1, 32, 3, config.patch_size, config.patch_size),
+        "grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+    },
+    "qwen2_5_omni_audio_encoder": _lengths("feature_lens"),
+    "qwen3_omni_moe_audio_encoder": _lengths("feature_lens"),
+    "seggpt": _pictures,
+    "speech-encoder-decoder": _speech,
+    "timesfm": _past,
     "kyutai_speech_to_text": _books,
     "mimi": lambda config: {"input_values": torch.randn(BATCH, 1, 4000)},
     "mimi_decoder": _channels,

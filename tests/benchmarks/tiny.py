@@ -17,13 +17,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from benchmarks import special
+from benchmarks.special import VOCABULARY, WIDTH
+from sarac.ir import check
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-from benchmarks import special
-from benchmarks.special import VOCABULARY, WIDTH
 
 LARGEST = 15_000_000  # parameters: 60 MB in float32
 TOKENS = 12
@@ -84,9 +84,7 @@ def _own_classes(config: type, home: str) -> Iterator[type[PreTrainedModel]]:
 
 
 def _config_of(model: type) -> Any:
-    if model.__dict__.get("config_class") or model.__dict__.get("config"):
-        return model.__dict__.get("config_class") or model.__dict__.get("config")
-    declared = model.__dict__.get("__annotations__", {}).get("config") or model.config_class  # type: ignore[attr-defined]
+    declared = inspect.get_annotations(model).get("config") or model.config_class  # type: ignore[attr-defined]
     module = importlib.import_module(model.__module__)
     return getattr(module, declared, None) if isinstance(declared, str) else declared
 
@@ -96,7 +94,7 @@ def _config_of(model: type) -> Any:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Every width becomes 32, every head 8 wide, every stack two layers deep; with `sections` for rotary axes where none are named."""
+    """Every width becomes 32, every head 8 wide, every stack two layers deep; `sections`: rotary axes, where none are named."""
 
     layers: int = 2
     sections: bool = False
@@ -116,7 +114,8 @@ _FILLED = {
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": HEAD, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
     "sliding_window": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, "prediction_length": 4,
     "pad_token_id": 0, "attention_head_dim": HEAD, "num_local_experts": 4, "moe_topk": 2, "attention_chunk_size": 8,
-    "image_token_id": 10, "image_token_index": 10, "video_token_id": 11, "audio_token_id": 12, "attn_head_dim": HEAD, "block_auto_adjust_ff_dim": False, "n_shared_experts": 1,
+    "image_token_id": 10, "image_token_index": 10, "video_token_id": 11, "audio_token_id": 12, "attn_head_dim": HEAD,
+    "block_auto_adjust_ff_dim": False, "n_shared_experts": 1,
 }  # fmt: skip
 
 
@@ -148,13 +147,11 @@ class Divided:
 
 
 RULES: tuple[Any, ...] = (
-    Fixed(), Filled(), Fixed(2, True), Filled(2, True), Fixed(4), Filled(4), Divided(16), Divided(8), Divided(4), Divided(2), Divided(1), Divided(4, 4), Divided(1, 4),
-)  # fmt: skip
+    *(Fixed(), Filled(), Fixed(2, True), Filled(2, True), Fixed(4), Filled(4)),
+    *(Divided(by, layers) for layers in (2, 4) for by in (16, 8, 4, 2, 1)),
+)
 _WIDTHS = re.compile(r"size|dim|channels|width|hidden|n_embd|d_model|d_ff|filters|rank|units|inner|features|planes|d_")
-_NORULES = (
-    Fixed(), Filled(), Fixed(2, True), Filled(2, True), Fixed(4), Filled(4), Divided(16), Divided(8), Divided(4), Divided(2), Divided(1), Divided(4, 4), Divided(1, 4),
-)  # fmt: skip
-_WIDTHS = re.compile(
+_NO_WIDTHS = re.compile(
     r"vocab|image|patch|window|kernel|stride|token|position|_ids?$|chunk|block|batch|codebook_size|merge|pool|buckets|"
     r"cache|_max_|^max_|head|input_size|sampling|num_|layers|_k$|_dims?_ratio|context|temperature|grid|in_channels|state"
 )
@@ -187,9 +184,12 @@ _SIZES: list[tuple[str, int | str | Callable[[Any], Any]]] = [
     (r"window_size|window", lambda v: 32 if v > 64 else min(v, 4)),  # in pixels, or in patches
     (r"max_source_positions|max_length_input", lambda v: min(v, 16)),
     (r"max_position|n_positions|n_ctx|positions|max_seq|seq_len|context_len|position_embeddings|max_.*length", 128),
-    (r"num_queries|num_query_tokens|query_num|num_latents|num_object|resampler_n|num_proposals|num_denoising", lambda v: min(v, 8)),
+    (
+        r"num_queries|num_query_tokens|query_num|num_latents|num_object|resampler_n|num_proposals|num_denoising",
+        lambda v: min(v, 8),
+    ),
     (r"chunk_size|block_size|chunk", lambda v: min(v, 8)),
-    (r"mel|input_feat|feature_size|num_freq|n_fft", lambda v: v if v <= 128 else v),
+    (r"mel|input_feat|feature_size|num_freq|n_fft", lambda v: v),
     (r"kernel|stride|dilation|num_channels|in_chan|input_channels|groups|factor|rate|ratio|merge|scale", lambda v: v),
     (r"state_size|d_state|ssm_state|conv_dim", lambda v: min(v, 8)),
     (r"codebook_size|codebooks$|quantizers", lambda v: min(v, 16)),
@@ -420,7 +420,8 @@ def runnable(model: nn.Module, kind: str) -> dict[str, Any]:
                 torch.manual_seed(7)
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    model(**_typed(model, inputs))
+                    found = model(**_typed(model, inputs))
+                check.require_finite(found, "The model")
                 return _typed(model, inputs)
             except Exception as error:  # noqa: BLE001  that is how it is found out
                 errors.append(error)
@@ -453,7 +454,11 @@ def _mended(model: nn.Module, inputs: dict[str, Any], message: str) -> dict[str,
     if not found or "input_ids" not in inputs or "match" not in message:
         return None
     kind, wanted = (found[1] or "image").lower(), int(found[3])
-    names = [n for n in (f"{kind}_token_id", f"{kind}_token_index", "image_token_id", "media_token_id", "audio_token_id") if hasattr(config, n)]
+    names = [
+        n
+        for n in (f"{kind}_token_id", f"{kind}_token_index", "image_token_id", "media_token_id", "audio_token_id")
+        if hasattr(config, n)
+    ]
     if not names or wanted % BATCH:
         wanted = wanted // WIDTH if wanted % BATCH else wanted
     if not names or wanted % BATCH or wanted <= 0:
@@ -567,7 +572,10 @@ def _vision(config: Any, names: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _patches(config: Any, grid: str) -> dict[str, Any]:
     patch, merge = find(config, "patch_size", default=8), find(config, "spatial_merge_size", "merge_size", default=2)
     patch, merge = _pair(patch)[0], _pair(merge)[0]
-    time, channels = find(config, "temporal_patch_size", default=1), find(config, "in_channels", "num_channels", "in_chans", default=3)
+    time, channels = (
+        find(config, "temporal_patch_size", default=1),
+        find(config, "in_channels", "num_channels", "in_chans", default=3),
+    )
     side = 2 * merge
     pixels = torch.randn(BATCH * side * side, channels * time * patch * patch)
     return {"pixel_values": pixels, grid: torch.tensor([[1, side, side]] * BATCH)}
@@ -624,7 +632,11 @@ def _by_name(config: Any, name: str) -> Any:
     if "mask" in name:
         return torch.ones(BATCH, TOKENS, dtype=torch.long)
     if name == "past_values":
-        return torch.rand(BATCH, find(config, "context_length", default=TOKENS) + max(find(config, "lags_sequence", default=[0])), find(config, "num_input_channels", default=1)).squeeze(-1)
+        return torch.rand(
+            BATCH,
+            find(config, "context_length", default=TOKENS) + max(find(config, "lags_sequence", default=[0])),
+            find(config, "num_input_channels", default=1),
+        ).squeeze(-1)
     if name == "cu_seqlens":
         return torch.tensor([0, TOKENS])
     if name.endswith("_ids") or name in ("tokens", "codes", "audio_codes"):
