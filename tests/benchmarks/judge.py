@@ -87,9 +87,9 @@ def said(error: BaseException) -> str:
     """The error's first line and the places of the innermost frames."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "sarac" in f.filename or "/passes/" in f.filename]
-    places = [f"{Path(f.filename).name}:{f.lineno}" for f in dict.fromkeys([*ours[-2:], *frames[-1:]])]
+    places = dict.fromkeys(f"{Path(f.filename).name}:{f.lineno}" for f in [*ours[-2:], *frames[-1:]])
     line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:240]} ({' < '.join(reversed(places))})"
+    return f"{type(error).__name__}: {line[:240]} ({' < '.join(reversed(list(places)))})"
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -306,8 +306,8 @@ def _conv(conv: Any, image: Callable[[], Tensor], **options: Any) -> Plain:
 def _attention() -> Iterator[tuple[str, Plain]]:
     mha = nn.MultiheadAttention
     ways: dict[str, dict[str, Any]] = {
-        "packed": {}, "no bias": {"bias": False}, "kdim and vdim": {"kdim": WIDTH, "vdim": WIDTH}, "bias_kv": {"add_bias_kv": True},
-        "zero attention": {"add_zero_attn": True},
+        "packed": {}, "no bias": {"bias": False}, "kdim and vdim": {"kdim": WIDTH, "vdim": WIDTH},
+        "bias_kv": {"add_bias_kv": True}, "zero attention": {"add_zero_attn": True},
     }  # fmt: skip
     for name, options in ways.items():
         yield f"MultiheadAttention, {name}", Plain(lambda o=options: mha(WIDTH, 2, batch_first=True, **o), three)
@@ -324,6 +324,7 @@ def _attention() -> Iterator[tuple[str, Plain]]:
         Plain(lambda: Called(mha(WIDTH, 2, batch_first=True), lambda m, y: m(y, y, y, need_weights=False)[0]), sequence),
     )
     wide = {"dim_feedforward": 16, "batch_first": True}
+    layer = nn.TransformerEncoderLayer
     for train in (False, True):
         mode = "train" if train else "eval"
         yield (
@@ -333,7 +334,7 @@ def _attention() -> Iterator[tuple[str, Plain]]:
         yield f"TransformerDecoderLayer, {mode}", Plain(lambda: nn.TransformerDecoderLayer(WIDTH, 2, **wide), two, train=train)
         yield f"Transformer, {mode}", Plain(lambda: nn.Transformer(WIDTH, 2, 1, 1, **wide), two, train=train)
         yield f"TransformerEncoder, {mode}", Plain(
-            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, norm_first=True, **wide), 2, enable_nested_tensor=False),
+            lambda: nn.TransformerEncoder(layer(WIDTH, 2, norm_first=True, **wide), 2, enable_nested_tensor=False),
             sequence, train=train,
         )  # fmt: skip
 
@@ -440,7 +441,7 @@ def _wholes() -> Iterator[tuple[str, Plain]]:
     )
     yield "hooked", Plain(_hooked, flat)
     yield "scripted", Plain(lambda: torch.jit.script(nn.Sequential(nn.Linear(WIDTH, OUT))), flat, "script")
-    yield "compiled", Plain(lambda: nn.Sequential(torch.compile(nn.Linear(WIDTH, OUT), backend="eager")), flat)
+    yield "compiled", Plain(lambda: nn.Sequential(torch.compile(nn.Linear(WIDTH, OUT), backend="eager")), flat, "OptimizedModule")
     yield "frozen", Plain(lambda: nn.Linear(WIDTH, OUT).requires_grad_(False), flat)
     yield "half of it zeros", Plain(_zeros, flat)
 

@@ -19,8 +19,8 @@ _EFFICIENT = {
 }  # fmt: skip
 _HIERA = {
     "hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 2, 1],
-    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 8, 8, 8],
-    "global_attention_blocks": [3],
+    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [8, 8, 8, 8], "global_attention_blocks": [3],
 }  # fmt: skip
 _HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}

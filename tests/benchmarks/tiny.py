@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from benchmarks import special
 from benchmarks.special import VOCABULARY, WIDTH
-from sarac.ir import check
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from sarac.ir import check
 
 LARGEST = 15_000_000  # parameters: 60 MB in float32
 TOKENS = 12
