@@ -1,0 +1,279 @@
+"""What the general rules of `tiny` cannot know: by model type, other configs, classes and inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+VOCABULARY = 128
+FIRST_ID = 64  # random ids lie above, special tokens below
+WIDTH = 32
+BATCH, TOKENS = 2, 12
+
+_BOTH = ["sliding_attention", "full_attention"]
+_GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "layer_types": _BOTH}
+_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2, "input_size": 1}
+_EFFICIENT = {
+    "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 640, "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+    "in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
+}  # fmt: skip
+_HIERA = {
+    "hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [8, 8, 8, 8], "global_attention_blocks": [3],
+}  # fmt: skip
+_HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+_RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+_DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
+_STREAM = {"chunk_length": 16, "chunk_right_context": 4}
+_SAM = {"image_size": 64, "patch_size": 16, "output_channels": WIDTH, "num_pos_feats": 16, "global_attn_indexes": [1]}
+_SAM_PROMPT = {"image_size": 64, "patch_size": 16, "image_embedding_size": 4, "hidden_size": WIDTH}
+_HGNET_DETR = {**_DETR, "encoder_in_channels": [64, 128, 256]}
+_CODEC = {"upsample_groups": WIDTH}
+
+# Fields that are set in every config of this type, wherever it stands.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "align_vision_model": _EFFICIENT,
+    "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]]},
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 32, 64, 128],
+        "stage_mid_channels": [8, 16, 16, 32],
+        "stage_out_channels": [32, 64, 128, 256],
+        "hidden_sizes": [32, 64, 128, 256],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [1, 1, 1, 1],
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {"intermediate_size": 128},
+    "neomme": {"head_dim": 32},
+    "nemotron3_diarization": _STREAM,
+    "nemotron3_5_transcribe_audio": _STREAM,
+    "pp_formulanet_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
+    "sam_hq_vision_model": _SAM,
+    "sam_mask_decoder": {"hidden_size": WIDTH},
+    "sam_prompt_encoder": _SAM_PROMPT,
+    "sam_hq_prompt_encoder": _SAM_PROMPT,
+    "sam_vision_model": _SAM,
+    "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0},
+    "slanext": {"post_conv_in_channels": WIDTH},
+    "slanext_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
+    "vitmatte": {"convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [32, 16, 8, 8]},
+    "xmod": {"default_language": "en_XX"},
+    "align": {"projection_dim": 80},
+    "d_fine": _HGNET_DETR,
+    "deimv2": _HGNET_DETR,
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pp_doclayout_v2": _HGNET_DETR,
+    "pp_doclayout_v3": _HGNET_DETR,
+    "pp_doclayout_v4": _HGNET_DETR,
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [2, 3]},
+    "dinov3_convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
+    "efficientnet": _EFFICIENT,
+    "gemma4_text": _GEMMA4,
+    "glm5_next_text": {"index_topk": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "informer": {**_SERIES, "label_length": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "mimi": _CODEC,
+    "mimi_decoder": _CODEC,
+    "pocket_tts_audio_tokenizer": _CODEC,
+    "pocket_tts_audio_tokenizer_decoder": _CODEC,
+    "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 64},
+    "rt_detr": _DETR,
+    "rt_detr_resnet": _RESNET,
+    "rt_detr_v2": _DETR,
+    "sam2_hiera_det_model": _HIERA,
+    "sam2_vision_model": {**_HIERA_NECK, "fpn_hidden_size": WIDTH},
+    "sam2_prompt_encoder": {"image_size": 64, "patch_size": 16, "hidden_size": WIDTH},
+    "sam2_video": {"image_size": 64},
+    "time_series_transformer": _SERIES,
+    "timm_backbone": {"backbone": "test_resnet", "use_pretrained_backbone": False},
+    "timm_wrapper": {"architecture": "test_vit", "model_args": None},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "cvt": {"drop_path_rate": [0.0, 0.0, 0.0], "embed_dim": [16, 32, 64], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
+    "zamba": {"num_hidden_layers": 3},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+}
+# Whole configs, for types whose class needs arguments.
+MODELS: dict[str, Callable[[], Any]] = {}
+# Classes to try before those of the auto mappings.
+CLASSES: dict[str, list[str]] = {"musicgen_decoder": ["MusicgenModel"]}
+# Types that run only without fused attention.
+EAGER: set[str] = set()
+
+
+def ids(*shape: int, high: int = VOCABULARY) -> torch.Tensor:
+    return torch.randint(min(FIRST_ID, high // 2), high, shape or (BATCH, TOKENS))
+
+
+def _series(config: Any) -> dict[str, Any]:
+    past, features = config.context_length + max(config.lags_sequence), config.num_time_features
+    return {
+        "past_values": torch.rand(BATCH, past),
+        "past_time_features": torch.randn(BATCH, past, features),
+        "past_observed_mask": torch.ones(BATCH, past),
+        "future_values": torch.rand(BATCH, config.prediction_length),
+        "future_time_features": torch.randn(BATCH, config.prediction_length, features),
+    }
+
+
+def _window(config: Any) -> dict[str, Any]:
+    return {"past_values": torch.randn(BATCH, config.context_length, config.num_input_channels)}
+
+
+def _codes(config: Any) -> dict[str, Any]:
+    return {"input_ids": torch.randint(0, 16, (BATCH * config.num_codebooks, TOKENS))}
+
+
+def _music(config: Any) -> dict[str, Any]:
+    books = config.decoder.num_codebooks
+    return {"input_ids": ids(), "decoder_input_ids": torch.randint(0, 16, (BATCH * books, 6))}
+
+
+def _dia(config: Any) -> dict[str, Any]:
+    return {"input_ids": ids(), "decoder_input_ids": torch.randint(0, 16, (BATCH, 6, config.decoder_config.num_channels))}
+
+
+def _decisions(config: Any) -> dict[str, Any]:
+    return {
+        "states": torch.randn(BATCH, 5, config.state_dim), "actions": torch.randn(BATCH, 5, config.act_dim),
+        "rewards": torch.randn(BATCH, 5, 1), "returns_to_go": torch.randn(BATCH, 5, 1),
+        "timesteps": torch.arange(5).repeat(BATCH, 1), "attention_mask": torch.ones(BATCH, 5),
+    }  # fmt: skip
+
+
+def _lxmert(config: Any) -> dict[str, Any]:
+    regions = torch.randn(BATCH, 4, config.visual_feat_dim), torch.rand(BATCH, 4, config.visual_pos_dim)
+    return {"input_ids": ids(), "visual_feats": regions[0], "visual_pos": regions[1]}
+
+
+def _flat_patches(config: Any) -> dict[str, Any]:
+    vision = getattr(config, "vision_config", config)
+    width = 2 + vision.patch_embed_hidden_size if hasattr(vision, "patch_embed_hidden_size") else 2 + vision.patch_size**2 * 3
+    places = torch.stack([torch.arange(9) // 3, torch.arange(9) % 3], -1).float() + 1
+    patches = torch.cat([places.expand(BATCH, 9, 2), torch.randn(BATCH, 9, width - 2)], -1)
+    extra = {"decoder_input_ids": ids(BATCH, 6)} if vision is not config else {}
+    return {"flattened_patches": patches, **extra}
+
+
+def _tiles(config: Any) -> dict[str, Any]:
+    size, tiles = config.image_size, config.max_num_tiles
+    pixels = torch.randn(BATCH, 1, tiles, 3, size, size)
+    ones = torch.ones(BATCH, 1, dtype=torch.long)
+    return {"pixel_values": pixels, "aspect_ratio_ids": ones, "aspect_ratio_mask": ones[..., None].repeat(1, 1, tiles)}
+
+
+def _channels(config: Any) -> dict[str, Any]:
+    return {"latents": torch.randn(BATCH, config.hidden_size, TOKENS)}
+
+
+def _mels(config: Any) -> dict[str, Any]:
+    return {"mel_spectrogram": torch.randn(BATCH, config.mel_dim, TOKENS)}
+
+
+def _books(config: Any) -> dict[str, Any]:
+    return {"input_ids": torch.randint(0, 16, (BATCH, TOKENS, config.num_codebooks + 1))}
+
+
+def _pictures(config: Any) -> dict[str, Any]:
+    height = config.image_size[0] // 2
+    return {
+        name: torch.randn(BATCH, 3, height, config.image_size[1])
+        for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    }
+
+
+def _past(config: Any) -> dict[str, Any]:
+    return {
+        "past_values": torch.randn(BATCH, config.context_length),
+        "past_values_padding": torch.zeros(BATCH, config.context_length, dtype=torch.long),
+        "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+    }
+
+
+def _interleaved(config: Any) -> dict[str, Any]:
+    size = config.vision_config.image_size
+    return {
+        "input_ids": ids(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
+        "pixel_values": torch.randn(BATCH, 1, 3, size, size), "image_attention_mask": torch.ones(BATCH, TOKENS, 1),
+    }  # fmt: skip
+
+
+def _grounded(config: Any) -> dict[str, Any]:
+    size, places = config.vision_config.image_size, torch.zeros(BATCH, TOKENS, dtype=torch.long)
+    places[:, : config.latent_query_num] = 1
+    return {"pixel_values": torch.randn(BATCH, 3, size, size), "input_ids": ids(), "image_embeds_position_mask": places}
+
+
+def _speech(config: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(BATCH, 4000), "decoder_input_ids": ids(BATCH, 6)}
+
+
+def _squares(config: Any) -> dict[str, Any]:
+    size = config.patch_size
+    return {"pixel_values": torch.randn(32, 3, size, size), "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
+
+
+def _lengths(name: str) -> Callable[[Any], dict[str, Any]]:
+    def make(config: Any) -> dict[str, Any]:
+        return {"input_features": torch.randn(config.num_mel_bins, 64), name: torch.tensor([32, 32])}
+
+    return make
+
+
+def _conformed(config: Any) -> dict[str, Any]:
+    width = getattr(config, "input_size", None) or getattr(config, "input_dim", 80)
+    masks = torch.ones(BATCH, 32, dtype=torch.long)
+    return {"input_features": torch.randn(BATCH, 32, width), "input_features_mask": masks}
+
+
+# Inputs from the model's config.
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "autoformer": _series,
+    "decision_transformer": _decisions,
+    "dia": _dia,
+    "informer": _series,
+    "lxmert": _lxmert,
+    "florence_vision": lambda config: {"hidden_states": torch.randn(BATCH, 3, 64, 64)},
+    "fun_asr_nano_encoder": _conformed,
+    "gemma3n_audio": lambda config: {
+        "audio_mel": torch.randn(BATCH, 32, config.input_feat_size),
+        "audio_mel_mask": torch.zeros(BATCH, 32, dtype=torch.bool),
+    },
+    "idefics": _interleaved,
+    "kimi_k25_vision": _squares,
+    "kosmos-2": _grounded,
+    "paddleocr_vl_vision": lambda config: {
+        "pixel_values": torch.randn(1, 32, 3, config.patch_size, config.patch_size),
+        "grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+    },
+    "qwen2_5_omni_audio_encoder": _lengths("feature_lens"),
+    "qwen3_omni_moe_audio_encoder": _lengths("feature_lens"),
+    "seggpt": _pictures,
+    "speech-encoder-decoder": _speech,
+    "timesfm": _past,
+    "kyutai_speech_to_text": _books,
+    "mimi": lambda config: {"input_values": torch.randn(BATCH, 1, 4000)},
+    "mimi_decoder": _channels,
+    "mllama_vision_model": _tiles,
+    "musicgen": _music,
+    "musicgen_decoder": _codes,
+    "musicgen_melody": _music,
+    "musicgen_melody_decoder": _codes,
+    "patchtsmixer": _window,
+    "patchtst": _window,
+    "pix2struct": _flat_patches,
+    "pix2struct_vision_model": _flat_patches,
+    "pocket_tts_audio_tokenizer_decoder": _channels,
+    "qwen2_5_omni_bigvgan": _mels,
+    "time_series_transformer": _series,
+}
