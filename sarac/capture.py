@@ -79,7 +79,8 @@ def _whole(graph: ModelGraph, program: torch.export.ExportedProgram) -> Whole:
             group += [site.name] if site.name not in group else []
     siblings = tuple(tuple(group) for group in inputs.values() if len(group) > 1)
     _warn_of_disagreement(graph, read, calls)
-    others = {name: operation for name, operation in read.others.items() if name in graph.sites}
+    known = {name: how for name, (how, _) in read.indirect.items() if not how.startswith("embedding")}  # torch's own lookup
+    others = {name: how for name, how in {**known, **read.others}.items() if name in graph.sites}
     flow, depths = _flow(at, program.graph)
     return Whole(program.graph, calls, siblings, flops, flow, others, depths)
 

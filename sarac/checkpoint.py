@@ -123,7 +123,8 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            # A copy of its own lies aligned in memory: from where it lies in the file, products round otherwise.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable adapter file: {error}. It may be truncated; write it again.") from error
     if "sarac_adapter" not in metadata:

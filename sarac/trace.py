@@ -74,7 +74,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
     whole = capture(graph, inputs)
     known = {} if whole is None else whole.others
     for name, operation in known.items():  # the modules alone do not show who reads a weight from outside
-        sites[name] = replace(sites[name], others=tuple(dict.fromkeys((*sites[name].others, operation))))
+        if sites[name].form == "call":
+            sites[name] = replace(sites[name], others=tuple(dict.fromkeys((*sites[name].others, operation))))
     return replace(graph, whole=whole)
 
 

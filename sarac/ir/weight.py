@@ -1,11 +1,13 @@
 """The effective weight: what an adapted module's weight attribute gives, and the slot that says what adapts it."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
@@ -77,20 +79,24 @@ def effective(module: nn.Module, param: str) -> Tensor:
 
 
 class EffectiveWeight(Tensor):
-    """What reading an adapted weight gives: dtype, device and shape at no cost, the product at the first computation."""
+    """What reading an adapted weight gives: dtype, device and shape at no cost, the product at the first computation.
+
+    A linear operation with it, or with its transpose, takes the adapter's own path: so a routed one works there too.
+    """
 
     _module: nn.Module
     _param: str
+    _turned: bool
 
     @staticmethod
-    def __new__(cls, module: nn.Module, param: str, trains: bool) -> "EffectiveWeight":
-        """The handle on `module`'s parameter; `trains` says whether gradients flow to it."""
-        base = module._parameters[param]
-        assert base is not None
+    def __new__(cls, module: nn.Module, param: str, trains: bool, turned: bool = False) -> "EffectiveWeight":
+        """The handle on `module`'s parameter, or on its transpose; `trains` says whether gradients flow to it."""
+        base: Any = module._parameters[param]
+        base = base.mT if turned else base
         handle: EffectiveWeight = Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=trains
         )
-        handle._module, handle._param = module, param
+        handle._module, handle._param, handle._turned = module, param, turned
         return handle
 
     def product(self) -> Tensor:
@@ -98,7 +104,32 @@ class EffectiveWeight(Tensor):
         kept = self._module.__dict__.get(PRODUCTS, {})
         key = (self._param, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         value = kept[key] = kept.get(key) if key in kept else effective(self._module, self._param)
+        value = value.mT if self._turned else value
         return value if self.requires_grad else value.detach()
+
+    def through(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What a linear operation with this weight gives by the adapter's own path; None where it is no such operation."""
+        slot = self._module.__dict__["_sara"].slots[self._param]
+        name = _name_of(func)
+        names = ("input", "weight", "bias") if name == "linear" else ("input", "weight")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, bias = call.get("input"), call.get("bias")
+        plain = isinstance(x, Tensor) and not isinstance(x, EffectiveWeight) and not isinstance(bias, EffectiveWeight)
+        if name not in ("linear", "matmul", "__matmul__") or call.get("weight") is not self or not plain or len(call) > 3:
+            return None
+        lies = MATRIX if (name == "linear") != self._turned else TRANSPOSED
+        tensors = slot.tensors(self._module)
+        detached = not self.requires_grad and any(tensor.requires_grad for tensor in tensors.values())
+        if self.ndim != 2 or lies not in (slot.layout, slot.layout.flipped) or detached:
+            return None
+        assert isinstance(x, Tensor)
+        base: Any = self._module._parameters[self._param]
+        base = base.mT if self._turned else base
+        y = linear(x, base, bias) if name == "linear" else x @ base
+        if lies != slot.layout:
+            tensors |= {"u": tensors["v"].mT, "v": tensors["u"].mT}
+        found: Tensor = slot.adapter.apply(x, y, tensors)
+        return found
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,9 +147,15 @@ class EffectiveWeight(Tensor):
                 raise WeightError(_refusal(leaf, name))
         if isinstance(target, EffectiveWeight):
             if name in ("detach", "data"):  # still read-only: a write into a copy would be lost in silence
-                return EffectiveWeight(target._module, target._param, False)
+                return EffectiveWeight(target._module, target._param, False, target._turned)
+            if target.ndim == 2 and (name in ("t", "T", "mT") or (name == "transpose" and _swaps(args[1:]))):
+                return EffectiveWeight(target._module, target._param, target.requires_grad, not target._turned)
             if name == "__deepcopy__":
                 return target.product().detach().clone()
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        found = weight.through(func, args, kwargs) if isinstance(weight, EffectiveWeight) else None
+        if found is not None:
+            return found
         args, kwargs = pytree.tree_map_only(EffectiveWeight, EffectiveWeight.product, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -149,6 +186,10 @@ def _name_of(func: Any) -> str:
     if name in ("__get__", "__set__") and hasattr(func, "__self__"):
         return str(func.__self__.__name__) + ("" if name == "__get__" else " =")
     return name
+
+
+def _swaps(dims: tuple[Any, ...]) -> bool:
+    return len(dims) == 2 and {dim % 2 for dim in dims if isinstance(dim, int)} == {0, 1}
 
 
 def _writes(name: str) -> bool:

@@ -361,7 +361,7 @@ def _normed() -> Iterator[tuple[str, Plain]]:
     yield "weight_norm, parametrized, Conv1d", Plain(lambda: parametrizations.weight_norm(nn.Conv1d(4, 6, 3)), x(ROWS, 4, 7))
     yield "spectral_norm, old", Plain(lambda: nn.utils.spectral_norm(linear()), flat)
     yield "spectral_norm, parametrized", Plain(lambda: parametrizations.spectral_norm(linear()), flat)
-    yield "orthogonal", Plain(lambda: parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH)), flat)
+    yield "orthogonal", Plain(lambda: parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH)), flat, "cannot be traced")
 
 
 def _spellings() -> Iterator[tuple[str, Plain]]:
