@@ -43,7 +43,7 @@ _KINDS = (_Kind(nn.Linear, False), _Kind(Conv1D, True))
 # PEFT swaps the child, and these read its weight themselves: in eval mode they would compute the base, in silence.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # The classes for which PEFT has a model of its own that adds no trained module (a classifier's would have to be in the folder).
-_TASKS = {
+_TASKS: dict[str, Mapping[str, Any]] = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
@@ -180,6 +180,8 @@ def _pair(module: nn.Module, slot: Slot, kind: _Kind) -> Pair:
     shift = tensors["shift"].mean(0) if isinstance(slot.adapter, MoSara) else tensors["shift"]
     wide = torch.promote_types(tensors["u"].dtype, torch.float32)
     b, a = tensors["u"].to(wide) * (shift * tensors["scale"]).to(wide), tensors["v"].to(wide)
+    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise RewriteError(f"The adapter of {slot.site} contains NaN or Inf: go back to values before that step of training.")
     return (b, a) if slot.transposed == kind.transposed else (a.T, b.T)
 
 
@@ -207,11 +209,11 @@ def _targets(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str] | str:
 
 
 def _task(model: nn.Module) -> str | None:
-    def classes(names: Mapping[str, Any]) -> Iterator[str]:
-        for name in names.values():
-            yield from (name,) if isinstance(name, str) else name
-
-    return next((task for task, names in _TASKS.items() if type(model).__name__ in classes(names)), None)
+    name = type(model).__name__
+    for task, known in _TASKS.items():
+        if any(name in ([classes] if isinstance(classes, str) else classes) for classes in known.values()):
+            return task
+    return None
 
 
 def _sited(model: nn.Module, pairs: Mapping[str, Pair], where: str) -> dict[str, Pair]:

@@ -1,4 +1,4 @@
-"""The commands that take an adapted model out: folded, exported, and verified there."""
+"""The commands that take an adapted model out: folded, exported and verified there, or in another form."""
 
 import json
 import tempfile
@@ -10,7 +10,9 @@ import typer
 from torch import nn
 
 from sarac import arguments as take
+from sarac import convert as forms
 from sarac import emit, storage, surgery, text
+from sarac.backends import peft
 from sarac.ir.errors import CheckpointError
 from sarac.terminal import busy, show
 
@@ -90,6 +92,45 @@ def verify(
     with busy("Verifying"):
         report = emit.verify(opened, onnx, spec, provider=provider)
     show(as_json, report.to_json(), report.table(), _verdict(report, "verified"))
+
+
+def convert(
+    source: take.ConvertSource,
+    target: take.ConvertTarget,
+    base: take.Base = None,
+    layout: take.Layout = None,
+    max_rank: take.MaxRank = None,
+    force: take.Force = False,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write adapters in another form. What is written is read back and compared, and nothing is left where it differs."""
+    form, to_be = forms.form_of(Path(source)), forms.form_to_be(target)
+    for given, fits, hint, goes in (
+        (base is not None, form != "model", "--base", "with a PEFT folder or an adapter file"),
+        (force, form == "adapter", "--force", "with an adapter file"),
+        (layout is not None, to_be == "peft", "--layout", "into a PEFT folder"),
+        (max_rank is not None, to_be == "peft", "--max-rank", "into a PEFT folder"),
+    ):
+        if given and not fits:
+            raise typer.BadParameter(f"it goes {goes}, which is not what {source} to {target} is.", param_hint=hint)
+    take.require_new(target) if to_be == "peft" else take.require_place(target)
+    model = take.opened(source if form == "model" else _base(source, form, base), args, factory, trust_pickle)
+    with busy("Converting"):
+        adapted = model if form == "model" else forms.adapt(model, Path(source), force)
+        done = forms.convert(adapted, target, layout=layout or "padded", max_rank=max_rank)
+    facts = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank, "truncation": dict(done.errors)}
+    show(as_json, json.dumps(facts), done.sentence())
+
+
+def _base(source: str, form: str, base: str | None) -> str:
+    named = peft.base_of(source) if form == "peft" and base is None else base
+    if named is None or (base is None and not Path(named).is_dir()):
+        known = f" It names {named}, which is no folder here." if named else ""
+        raise typer.BadParameter(f"{source} holds adapters alone: name the model under them.{known}", param_hint="--base")
+    return named
 
 
 def _folded(
