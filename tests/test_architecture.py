@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "checkpoint": "ir.*",
     "report": "ir.*",
     "surgery": "ir.* passes.* trace report",
-    "storage": "ir.* passes.* trace recipe checkpoint",
+    "shelf": "ir.* checkpoint",
+    "storage": "ir.* passes.* trace recipe checkpoint shelf",
     "emit": "ir.* passes.* backends.* trace checkpoint surgery",
     "text": "ir.*",
     "finetune": "ir.* surgery text",
@@ -80,7 +81,7 @@ NO_ROOMS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
-    "analyze transform fold export save load save_adapter load_adapter disabled recommended_lr trace run "
+    "analyze transform fold export save load save_adapter load_adapter use adapters disabled recommended_lr trace run "
     "Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable CheckFailed "
     "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Site verify __version__".split()
 )
