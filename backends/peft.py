@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from sarac.backends import lora
 from sarac.backends.lora import Pair
 from sarac.ir.adapters import Adapter, MoSara, Sara
-from sarac.ir.check import relative_norm
 from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import adopt
@@ -116,11 +115,13 @@ def lost(model: nn.Module, folder: str | Path) -> dict[str, float]:
     """By site how far a folder's LoRA is from the live adapters of `model`: ‖Δ - Δ_folder‖ / ‖Δ‖ (as it is for Δ = 0)."""
     found = lora.read(Path(folder))
     losses = {}
-    for path, slot, (b, a) in _loras(model):
-        theirs_b, theirs_a = found[path] if path in found else (b.new_zeros(b.shape), a)
-        ours = (b.double() @ a.double()).cpu()
-        apart = theirs_b.cpu().double() @ theirs_a.cpu().double() - ours
-        losses[slot.site] = relative_norm(apart, ours) if float(ours.norm()) else float(apart.norm())
+    for path, slot, ours in _loras(model):
+        b, a = ours[0].cpu(), ours[1].cpu()
+        theirs = found.get(path, (b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])))
+        whole, apart = _norm((b, a)), 0.0
+        if not all(torch.equal(mine, read) for mine, read in zip((b, a), _trimmed(*theirs), strict=True)):
+            apart = _norm((torch.cat([b, -theirs[0].to(b)], 1), torch.cat([a, theirs[1].to(a)])))
+        losses[slot.site] = apart / whole if whole else apart
     return losses
 
 
@@ -198,6 +199,18 @@ def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:
     missing = [*matrix.shape]
     missing[dim] = rank - matrix.shape[dim]
     return torch.cat([matrix, matrix.new_zeros(missing)], dim)
+
+
+def _trimmed(b: Tensor, a: Tensor) -> Pair:
+    """B and A without the zeros that fill them up."""
+    used = b.any(0) | a.any(1)
+    return b[:, used], a[used]
+
+
+def _norm(pair: Pair) -> float:
+    """‖B A‖ in the Frobenius norm, from matrices of the rank's size: the product itself would take minutes for a large model."""
+    b, a = (matrix.double() for matrix in pair)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0.0).sqrt())
 
 
 def _targets(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str] | str:

@@ -19,6 +19,7 @@ from zoo import Shared, TiedHead, bert, close, differ, gpt2, ids, llama, mlp, ou
 import sarac
 from sarac.backends.peft import lost
 from sarac.ir import check
+from sarac.ir.layers import adapted as adapted_modules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,7 +39,7 @@ def theirs(model: nn.Module, **chosen: Any) -> nn.Module:
     """PEFT's own adapted form of a copy of `model`, away from where it starts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(init_lora_weights=False, **chosen)).eval()
+        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**{"init_lora_weights": False, **chosen})).eval()
 
 
 def config(folder: Path, **change: Any) -> dict[str, Any]:
@@ -199,6 +200,24 @@ def test_a_classifier_gets_no_task_since_peft_would_ask_for_its_head(tmp_path: P
         stock(model, tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["padded", "pattern"])
+def test_many_modules_and_transformers_own_loader(layout: str, tmp_path: Path) -> None:
+    """From 20 modules on PEFT shortens the list of names, and transformers loads a folder without a PeftModel around."""
+    deep = llama().config
+    deep.num_hidden_layers = 4
+    model, token = transformers.LlamaForCausalLM(deep).eval(), ids()
+    adapted = trained(model, where=lambda site: site.default and ".2.self_attn" not in site.name)
+    sarac.backends.peft.save(adapted, tmp_path, layout=layout)
+    assert len(config(tmp_path)["target_modules"]) > 20
+    same_model(tmp_path, model, adapted, token)
+    own = copy.deepcopy(model)
+    own.load_adapter(tmp_path)
+    close(outputs(own, token).logits, outputs(adapted, token).logits)
+    own.save_pretrained(tmp_path / "again")
+    close(outputs(sarac.backends.peft.load(model, tmp_path / "again"), token).logits, outputs(adapted, token).logits)
+    differ(outputs(adapted, token).logits, outputs(model, token).logits)
+
+
 # Truncated.
 
 
@@ -340,6 +359,29 @@ def test_an_old_bin_is_read_without_running_code(tmp_path: Path) -> None:
     torch.save({"code": sarac.load}, tmp_path / "adapter_model.bin")
     with pytest.raises(sarac.CheckpointError, match="no readable PEFT folder"):
         sarac.backends.peft.load(model, tmp_path)
+
+
+@pytest.mark.parametrize("chosen", [{"r": 16}, {"r": 3, "init_lora_weights": True}])
+def test_loras_of_more_rank_than_the_weight_and_of_none(chosen: dict[str, Any], tmp_path: Path) -> None:
+    model, x = mlp(6, 8, 4), torch.randn(3, 6)
+    made = theirs(model, target_modules=["0", "2"], **chosen)
+    made.save_pretrained(tmp_path)
+    ours = sarac.backends.peft.load(model, tmp_path)
+    close(outputs(ours, x), outputs(made, x))
+    ranks = [slot.adapter.rank for _, _, state in adapted_modules(ours) for slot in state.slots.values()]
+    assert ranks == ([6, 4] if chosen["r"] == 16 else [1, 1])
+    assert check.difference(outputs(ours, x), outputs(model, x)).identical == (chosen["r"] == 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_go_both_ways(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, token = llama().to(dtype), ids()
+    made = theirs(model, r=3, target_modules="all-linear")
+    made.save_pretrained(tmp_path / "first")
+    ours = sarac.backends.peft.load(model, tmp_path / "first")
+    close(outputs(ours, token).logits, outputs(made, token).logits, dtype)
+    sarac.backends.peft.save(ours, tmp_path / "second")
+    same_model(tmp_path / "second", model, ours, token, dtype=dtype)
 
 
 def test_half_precision_loras_are_scaled_in_float32(tmp_path: Path) -> None:
