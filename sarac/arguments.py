@@ -34,6 +34,7 @@ _TARGET = "Its name says the form: .pt a whole model, .safetensors the adapters 
 _BASE = "The model under a PEFT folder or an adapter file. Default: the folder that a PEFT folder names, if it is here."
 _LAYOUT = "padded: one rank, which every server reads rightly; pattern: each weight's own, smaller. Default: padded."
 _MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that loses is told."
+_ADAPTER = "Which of the adapters in a model.pt. Default: the one that was live."
 _FORCE = "Load an adapter file onto another base than it was trained on."
 _OPSET = "The ONNX operator set to write."
 
@@ -85,6 +86,7 @@ ConvertTarget = Annotated[Path, typer.Argument(metavar="TARGET", help=_TARGET)]
 Base = Annotated[str | None, typer.Option(metavar="MODEL", help=_BASE)]
 Layout = Annotated[Literal["padded", "pattern"] | None, typer.Option(help=_LAYOUT)]
 MaxRank = Annotated[int | None, typer.Option(min=1, help=_MAX_RANK)]
+Adapter = Annotated[str | None, typer.Option(metavar="NAME", help=_ADAPTER)]
 Force = Annotated[bool, typer.Option("--force", help=_FORCE)]
 
 

@@ -4,6 +4,7 @@ import json
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import transformers
 import typer
@@ -14,6 +15,7 @@ from sarac import convert as forms
 from sarac import emit, storage, surgery, text
 from sarac.backends import peft
 from sarac.ir.errors import CheckpointError
+from sarac.shelf import use
 from sarac.terminal import busy, show
 
 
@@ -101,6 +103,7 @@ def convert(
     layout: take.Layout = None,
     max_rank: take.MaxRank = None,
     force: take.Force = False,
+    adapter: take.Adapter = None,
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
@@ -120,8 +123,11 @@ def convert(
     model = take.opened(source if form == "model" else _base(source, form, base), args, factory, trust_pickle)
     with busy("Converting"):
         adapted = model if form == "model" else forms.adapt(model, Path(source), force)
+        if adapter is not None:
+            use(adapted, adapter)
         done = forms.convert(adapted, target, layout=layout or "padded", max_rank=max_rank)
-    facts = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank, "truncation": dict(done.errors)}
+    facts: dict[str, Any] = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank}
+    facts |= {"truncation": dict(done.errors), "adapters": done.names}
     show(as_json, json.dumps(facts), done.sentence())
 
 

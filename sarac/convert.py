@@ -15,19 +15,24 @@ from sarac.checkpoint import Adapters, read_adapter, read_model, tensors_of
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, CheckpointError, RewriteError
 from sarac.ir.record import record_of
+from sarac.shelf import adapters
 
 Form = Literal["model", "adapter", "peft"]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: its form, how many weights it adapts, a LoRA's rank, and what `max_rank` cut off each change."""
+    """What was written: its form, how many weights it adapts, a LoRA's rank, and what `max_rank` cut off each change.
+
+    `names` are the model's adapters, the one that was written first; a model.pt has them all.
+    """
 
     out: Path
     form: Form
     sites: int
     rank: int | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """The conversion in words."""
@@ -35,7 +40,9 @@ class Conversion:
         worst = max(self.errors, key=lambda site: self.errors[site], default="")
         cut = self.errors.get(worst, 0.0)
         lost = f"; --max-rank cut off at most {cut:.2%} of a change, at {worst}" if cut else ""
-        return f"{self.out}: {said} with adapters on {self.sites} weights{lost}; read back and verified."
+        others = ", ".join(self.names[1:]) if self.form != "model" else ""
+        alone = f" of {self.names[0]!r} alone, not {others}," if others else ""
+        return f"{self.out}: {said}{alone} with adapters on {self.sites} weights{lost}; read back and verified."
 
 
 def form_of(path: Path) -> Form:
@@ -78,7 +85,7 @@ def convert(model: nn.Module, target: Path, *, layout: str = "padded", max_rank:
             made.replace(target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
-    return Conversion(target, form, len(sites), done.rank, done.errors)
+    return Conversion(target, form, len(sites), done.rank, done.errors, adapters(model))
 
 
 def _model(model: nn.Module, sites: Adapters, path: Path) -> Conversion:

@@ -58,8 +58,8 @@ MAY_IMPORT = {
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
     "arguments": "ir.* recipe storage",
-    "convert": "ir.* backends.* checkpoint storage",
-    "commands": "ir.* backends.* surgery storage emit text terminal arguments convert",
+    "convert": "ir.* backends.* checkpoint shelf storage",
+    "commands": "ir.* backends.* surgery shelf storage emit text terminal arguments convert",
     "cli": "ir.* passes.* trace checkpoint report surgery storage text finetune doctor terminal arguments commands",
 }
 THE_FACE = "sarac"  # its __init__ may import every row, and no row may import it

@@ -342,6 +342,23 @@ def test_convert_tells_the_layout_the_rank_and_what_it_cut_off(work: Path, tmp_p
     assert "cut off" not in run("convert", work / "sara.pt", tmp_path / "d").stdout
 
 
+def test_convert_takes_any_of_several_adapters_and_says_which(work: Path, tmp_path: Path) -> None:
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(work / "llama")
+    model, token = sarac.load_adapter(base, work / "sara.safetensors", name="first"), ids()
+    sarac.save_adapter(shake(sarac.transform(base)), tmp_path / "second.safetensors")
+    sarac.load_adapter(model, tmp_path / "second.safetensors", name="second")
+    sarac.save(model, tmp_path / "both.pt")
+    assert "of 'second' alone, not first, with" in run("convert", tmp_path / "both.pt", tmp_path / "live").stdout
+    assert told("convert", tmp_path / "both.pt", tmp_path / "other", "--adapter", "first")["adapters"] == ["first", "second"]
+    assert "alone" not in run("convert", tmp_path / "both.pt", tmp_path / "again.pt").stdout
+    assert sarac.adapters(sarac.load(tmp_path / "again.pt")) == ("second", "first")
+    live, other = (outputs(sarac.backends.peft.load(base, tmp_path / name), token).logits for name in ("live", "other"))
+    close(live, outputs(model, token).logits)
+    close(other, outputs(sarac.load(work / "sara.pt"), token).logits)
+    differ(live, other)
+    assert "Near names: first" in refused(1, "convert", tmp_path / "both.pt", tmp_path / "x", "--adapter", "fist")
+
+
 def test_convert_takes_a_factorys_model_and_forces_only_when_asked(work: Path, tmp_path: Path) -> None:
     adapted = shake(sarac.transform(open_model("climodels:net", {"width": 12})))
     sarac.save_adapter(adapted, tmp_path / "a.safetensors")

@@ -274,6 +274,7 @@ def test_frozen_factors_of_a_file_come_and_go_with_it(through_file: bool, tmp_pa
     for name in "cd":
         sarac.load_adapter(model, tmp_path / name, name=name)
         pair.check(model, name)
+        assert shelf_of(model).live.tensors is None  # the parameters hold it
     assert identity(model) == before
     if through_file:
         sarac.save(model, tmp_path / "model.pt")
