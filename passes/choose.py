@@ -2,14 +2,16 @@
 
 import fnmatch
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from sarac.ir.adapters import Adapter, build, trainable_count
+from sarac.ir.adapters import Adapter
 from sarac.ir.errors import PlanError, SaracWarning, near
 from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.methods import build, describe, trainable_count
 from sarac.ir.plan import Plan, Rule
 from sarac.ir.spectrum import Spectrum, spectrum
 
@@ -39,8 +41,9 @@ class Choose:
                 raise PlanError("A finished plan names its sites itself: leave `where` out, or edit the plan.")
             if self.method != "sara":
                 raise PlanError(f"A finished plan names its methods itself: leave method={self.method!r} out, or edit the plan.")
-            given.require_fits({site.name: site.shape for site in graph.sites.values()})
-            chosen = replace(given, also_train=(*given.also_train, *self._further(graph)))
+            given.require_fits({site.name: site.full_shape for site in graph.sites.values()})
+            sites = {name: _of_stack(graph.sites[name], adapter) for name, adapter in given.sites.items()}
+            chosen = replace(given, sites=sites, also_train=(*given.also_train, *self._further(graph)))
         else:
             chosen = self._by_rule(graph, str(self.plan))
         self._require_separate(graph, chosen)
@@ -56,17 +59,31 @@ class Choose:
 
     def _by_rule(self, graph: ModelGraph, text: str) -> Plan:
         rule = self.require_sound()
-        sites = chosen_sites(graph, self.where)
+        sites = self._possible(chosen_sites(graph, self.where), build(self.method, 1, rule.options))
         spectra = {name: site.spectrum or spectrum(graph.weight(site), name) for name, site in sites.items()}
         spectra = self._usable(spectra)
 
-        def cost(name: str, rank: int) -> int:
-            return trainable_count(build(self.method, rank, rule.options), sites[name].shape)
+        def cost(key: tuple[str, int], rank: int) -> int:
+            return trainable_count(build(self.method, rank, rule.options), sites[key[0]].shape)
 
         total = sum(parameter.numel() for parameter in graph.module.parameters())
-        ranks = rule.ranks(spectra, cost, total)
-        adapters = {name: build(self.method, rank, rule.options) for name, rank in ranks.items()}
+        matrices = {(name, i): one for name, found in spectra.items() for i, one in enumerate(found.matrices)}
+        ranks: dict[str, list[int]] = defaultdict(list)
+        for (name, _), rank in rule.ranks(matrices, cost, total).items():
+            ranks[name].append(rank)
+        adapters = {
+            name: build(self.method, found if sites[name].parts else found[0], rule.options) for name, found in ranks.items()
+        }
         return Plan(adapters, text, self._further(graph))
+
+    def _possible(self, sites: dict[str, Site], adapter: Adapter) -> dict[str, Site]:
+        """Leave out what the default takes and a routed method cannot have, with a warning; what was named stays."""
+        left = {name: why for name, site in sites.items() if (why := _obstacle(site, adapter))}
+        if self.where is not None or not left or len(left) == len(sites):
+            return sites
+        name = next(iter(left))
+        warnings.warn(f"{_refused(name, left[name])} Left out: {len(left)} such weights.", SaracWarning, stacklevel=2)
+        return {name: site for name, site in sites.items() if name not in left}
 
     def _usable(self, spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
         """Leave out weights of zeros, which have no direction to train; PlanError if they were named or are all."""
@@ -100,8 +117,9 @@ class Choose:
 def chosen_sites(graph: ModelGraph, where: Where) -> dict[str, Site]:
     """The sites that `where` takes; PlanError if there are none, with the near names of a glob that matches nothing."""
     if not graph.sites:
+        first = next((f" {name}: {why}." for name, why in graph.skipped.items()), "")
         raise PlanError(
-            f"{type(graph.module).__name__} has no linear weight that sarac can adapt. sarac.analyze(model) says for each "
+            f"{type(graph.module).__name__} has no linear weight that sarac can adapt.{first} sarac.analyze(model) says for each "
             "parameter why not."
         )
     if where is None:
@@ -112,6 +130,12 @@ def chosen_sites(graph: ModelGraph, where: Where) -> dict[str, Site]:
         globs = [where] if isinstance(where, str) else list(where)
         aliases = {alias: site for site in graph.sites.values() for alias in site.names}
         found = {aliases[alias].name: aliases[alias] for alias in matching(globs, aliases, "where")}
+    if not found and where is None:
+        name, site = next(iter(graph.sites.items()))
+        raise PlanError(
+            f"None of the {len(graph.sites)} linear sites is adapted by default; {name}, for example, is {site.reason}. Name "
+            'those that you want in `where`, such as where="*".'
+        )
     if not found:
         raise PlanError(f"`where` takes none of the {len(graph.sites)} linear sites, for example {next(iter(graph.sites))}.")
     return found
@@ -135,15 +159,35 @@ def given_plan(plan: str | Path | Plan) -> Plan | None:
     return None
 
 
+def _of_stack(site: Site, adapter: Adapter) -> Adapter:
+    """The adapter for every matrix of a stack, where a plan gives one rank for all."""
+    if not site.parts or adapter.parts:
+        return adapter
+    options = {name: value for name, value in describe(adapter).items() if name not in ("method", "rank")}
+    return build(adapter.method, [adapter.rank] * site.parts, options)
+
+
 def _require_possible(graph: ModelGraph, name: str, adapter: Adapter) -> None:
     site = graph.sites[name]
-    if site.form != "call" and not adapter.foldable:
-        raise PlanError(
-            f'{name} cannot carry a routed adapter, which needs the layer\'s input: {site.reason}. Use method="sara" '
-            "for it, or leave it out of `where`."
-        )
+    why = _obstacle(site, adapter)
+    if why:
+        raise PlanError(_refused(name, why))
     if vars(adapter).get("basis") != "random" and not bool(graph.weight(site).any()):
         raise PlanError(_zeros(name))
+
+
+def _obstacle(site: Site, adapter: Adapter) -> str:
+    """Why a site cannot carry a routed adapter: something reads its weight, which then has no single value."""
+    if adapter.foldable or (site.form == "call" and not site.others):
+        return ""
+    return site.reason if site.form != "call" else f"{site.others[0]} reads the weight as well"
+
+
+def _refused(name: str, why: str) -> str:
+    return (
+        f'{name} cannot carry a routed adapter, which needs the layer\'s input: {why}. Use method="sara" '
+        "for it, or leave it out of `where`."
+    )
 
 
 def _zeros(name: str) -> str:

@@ -13,8 +13,9 @@ from sarac.ir.clone import clone
 from sarac.ir.errors import NotFoldable, RewriteError, near
 from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.layers import adapted, uninstall
+from sarac.ir.layout import dense, quantised
 from sarac.ir.record import detach, record_of
-from sarac.ir.weight import Slot, oriented
+from sarac.ir.weight import Slot
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ class Fold:
             delta = slot.adapter.mean_delta(tensors, gates.to(wide))
         else:
             delta = slot.adapter.delta(tensors)
-        exact = oriented(base.detach(), slot.transposed).to(wide) + delta
-        rounded = oriented(exact, slot.transposed).to(base.dtype).contiguous()
-        lost = oriented(rounded, slot.transposed).double() - oriented(base.detach(), slot.transposed).double() - delta.double()
-        facts = Folded(relative_norm(delta, base), relative_norm(lost, delta) if float(delta.norm()) else 0.0)
+        delta, plain = slot.layout.stored(delta, base.shape), dense(base.detach())
+        rounded = (plain.to(wide) + delta).to(base.dtype).contiguous()
+        lost = rounded.double() - plain.double() - delta.double()
+        onto = f"de-quantised {type(base).__name__}" if quantised(base) else "stored"
+        facts = Folded(relative_norm(delta, plain), relative_norm(lost, delta) if float(delta.norm()) else 0.0, onto)
         merged = nn.Parameter(rounded)
         merged.__dict__.update(base.__dict__)
         return merged, facts

@@ -14,7 +14,7 @@ from sarac.ir.clone import clone
 from sarac.ir.errors import RewriteError
 from sarac.ir.graph import ModelGraph, Region, Site, owners
 from sarac.ir.layers import adapted, compile_forward, install
-from sarac.ir.match import Match, linear_nodes
+from sarac.ir.match import Match, readers
 from sarac.ir.record import Record, attach
 from sarac.ir.weight import Slot, base_attribute
 
@@ -68,7 +68,7 @@ class Rewrite:
         for name, adapter in graph.plan.sites.items():
             site = graph.site(name)
             for _, param, path in owners(module, site.names):
-                slots[path][param] = Slot(site.name, param, adapter, site.transposed)
+                slots[path][param] = Slot(site.name, param, adapter, site.layout)
         rewritten = {}
         for path, chosen in slots.items():
             owner = module.get_submodule(path)
@@ -77,29 +77,49 @@ class Rewrite:
             forward = None
             if region is not None and calls:
                 region = region.copy()
-                for one in region.graphs().values():
-                    _rewrite(one, calls)
-                forward, rewritten[path] = compile_forward(region.train, region.evaluate), region
+                shapes = {param: tuple(owner._parameters[param].shape) for param in calls}  # type: ignore[union-attr]  # there
+                done = [_rewrite(one, calls, shapes) for one in region.graphs().values()]
+                if any(done):
+                    forward, rewritten[path] = compile_forward(region.train, region.evaluate), region
             named = {param: tensors[slot.site] for param, slot in chosen.items()}
             install(owner, list(chosen.values()), named, forward, region.guards if region and forward else ())
         return rewritten
 
 
-def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot]) -> None:
-    """Replace every linear node over these parameters by its adapter's subgraph."""
-    matches, _ = linear_nodes(graph, slots)
+def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Replace linear nodes over these parameters by their adapters' subgraphs; whether there was one to replace.
+
+    Another linear node reads the effective weight.
+    """
     adapted_of: dict[fx.Node, fx.Node] = {}  # a linear node may feed the next one directly
-    for match in (match for match in matches if not match.left):
+    for match in readers(graph, shapes).matches:
         slot, users = slots[match.param], list(match.node.users)
+        if not _worthwhile(match, slot):
+            continue
         _read_base(graph, match, base_attribute(slot.param))
         with graph.inserting_before(match.node.next):
             roles = slot.adapter.shapes(*_SOME_SHAPE)
             read = {role: fx.Proxy(graph.get_attr(slot.attribute(role))) for role in roles}
-            result = slot.adapter.apply(fx.Proxy(adapted_of.get(match.x, match.x)), fx.Proxy(match.node), read).node
+            if match.layout != slot.layout:  # the transposed matrix has its factors the other way round
+                read |= {"u": read["v"].mT, "v": read["u"].mT}
+            x = fx.Proxy(adapted_of.get(match.x, match.x))
+            result = slot.adapter.apply(x, fx.Proxy(match.node), read, match.how).node
         for user in users:
             user.replace_input_with(match.node, result)
         adapted_of[match.node] = result
     graph.lint()
+    return bool(adapted_of)
+
+
+def _worthwhile(match: Match, slot: Slot) -> bool:
+    """Whether the adapter's subgraph serves this node: it must lie as its site does, and not cost more than a sum of weights.
+
+    A grouped convolution would run V for every group: k maps a channel where the effective kernel is a few numbers.
+    """
+    if match.layout not in (slot.layout, slot.layout.flipped):
+        return False
+    grouped = match.how[:1] == ("conv",) and match.how[-1] != 1
+    return not (grouped and slot.adapter.foldable)
 
 
 def _read_base(graph: fx.Graph, match: Match, attribute: str) -> None:

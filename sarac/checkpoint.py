@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sarac.ir.adapters import PARAMETRISATION
 from sarac.ir.errors import CheckpointError
 from sarac.ir.layers import adapted
+from sarac.ir.layout import dense
 from sarac.ir.plan import Plan
-from sarac.ir.weight import oriented
 
 FORMAT = 1
 _UNKNOWN = (-1, -1)  # the shape of a weight that is not at hand
@@ -214,7 +214,7 @@ def adapted_weights(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for _, module, state in adapted(model):
         for slot in state.slots.values():
-            found[slot.site] = oriented(module._parameters[slot.param], slot.transposed)
+            found[slot.site] = slot.layout.matrix(dense(module._parameters[slot.param]))
     return found
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sarac.ir.adapters import Sara, trainable_count
 from sarac.ir.errors import CheckpointError, SpectrumError
 from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.methods import build, trainable_count
 from sarac.ir.spectrum import Spectrum
 
 _SHOWN = (0.3, 0.6, 0.9)
@@ -40,14 +40,14 @@ class Analysis:
         return site.spectrum
 
     def ranks(self, threshold: float | None = None) -> dict[str, int]:
-        """The rank of every measured weight at a threshold (default: the analysis's own)."""
+        """The rank of every measured weight at a threshold (default: the analysis's own); of a stack the largest."""
         share = self.threshold if threshold is None else threshold
         return {site.name: self.spectrum(site.name).rank_at(share) for site in self.sites}
 
     @property
     def trainable(self) -> int:
         """How many numbers SARA's singular values would train at the threshold."""
-        return sum(trainable_count(Sara(rank), self.graph.sites[name].shape) for name, rank in self.ranks().items())
+        return sum(_trainable(site, self.threshold) for site in self.sites)
 
     def to_json(self) -> str:
         """The analysis as JSON text: threshold, totals, one entry a site, and what was left out with the reason."""
@@ -70,12 +70,12 @@ class Analysis:
             table.add_column(heading, justify="right")
         groups: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
-            groups[site.name if by_site else f"{site.kind} {site.shape}"].append(site)
+            groups[site.name if by_site else f"{site.kind} {site.full_shape}"].append(site)
         ranks = self.ranks()
         for members in groups.values():
             table.add_row(*self._cells(members, ranks, by_site))
         table.add_section()
-        dense = sum(_size(site) for site in self.sites)
+        dense = sum(site.size for site in self.sites)
         table.add_row("all", str(len(self.sites)), "", "", "", "", f"{self.trainable:,}", f"{dense:,}")
         return table
 
@@ -86,12 +86,12 @@ class Analysis:
         return [
             first.name if by_site else first.kind,
             str(len(members)),
-            f"{first.shape[0]} x {first.shape[1]}",
+            " x ".join(str(size) for size in first.full_shape),
             first.form,
             span,
             f"{sum(ks) / len(ks) / full:.2f}",
-            f"{sum(ks):,}",
-            f"{sum(_size(site) for site in members):,}",
+            f"{sum(_trainable(site, self.threshold) for site in members):,}",
+            f"{sum(site.size for site in members):,}",
         ]
 
     def plot(self, path: str | Path) -> None:
@@ -143,21 +143,24 @@ def _row(site: Site, spectrum: Spectrum) -> dict[str, Any]:
     ranks = {f"{share:g}": spectrum.rank_at(share) for share in _SHOWN}
     return {
         "site": site.name,
-        "shape": list(site.shape),
+        "shape": list(site.full_shape),
         "dtype": str(site.dtype).removeprefix("torch."),
         "form": site.form,
         "reason": site.reason,
         "uses": len(site.uses),
+        "others": list(site.others),
         "ranks": ranks,
         "full_rank": spectrum.full_rank,
         "numerical_rank": spectrum.numerical_rank,
-        "largest": float(spectrum.values[0]),
+        "largest": float(spectrum.values.max()),
         "sum": float(spectrum.values.sum()),
     }
 
 
-def _size(site: Site) -> int:
-    return site.shape[0] * site.shape[1]
+def _trainable(site: Site, threshold: float) -> int:
+    assert site.spectrum is not None
+    ranks = [one.rank_at(threshold) for one in site.spectrum.matrices]
+    return trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape)
 
 
 def _parameters(graph: ModelGraph) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sarac.checkpoint import Adapters, tensors_of
-from sarac.ir.adapters import Adapter, describe
+from sarac.ir.adapters import Adapter
 from sarac.ir.errors import CheckpointError, RewriteError, near
+from sarac.ir.methods import describe
 from sarac.ir.plan import Plan
 from sarac.ir.record import Frozen, Record, Shelf, Shelved, record_of, require_whole, shelf_of
 

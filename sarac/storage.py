@@ -121,7 +121,7 @@ def load_adapter(model: Model, path: str | Path, *, force: bool = False, name: s
         shelf.put(model, name, saved.adapters, saved.also_trained, str(path))
         return model
     graph = trace(model)
-    saved.plan.require_fits({site.name: site.shape for site in graph.sites.values()})
+    saved.plan.require_fits({site.name: site.full_shape for site in graph.sites.values()})
     weights = {name: graph.weight(graph.sites[name]) for name in saved.plan.sites}
     _require_base(str(path), saved, weights, force)
     result = _with_adapters(model, saved.plan, saved.adapters, graph=graph)
@@ -219,7 +219,7 @@ def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder:
 def _blank(plain: nn.Module, plan: Plan) -> nn.Module:
     """The adapted form of `plain` with tensors of the right shapes: the file's will take their place."""
     graph = trace(plain)
-    plan.require_fits({site.name: site.shape for site in graph.sites.values()})
+    plan.require_fits({site.name: site.full_shape for site in graph.sites.values()})
     graph, given = replace(graph, plan=plan), {}  # not Choose, which would judge weights that are still to be read
     for name, adapter in plan.sites.items():
         site = graph.sites[name]

@@ -5,23 +5,25 @@ train and once in eval mode; the linear nodes that read its parameters become th
 freeze (optional arguments, attributes that cannot be guarded) is found out here, and such a site takes the weight form.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from sarac.capture import capture
 from sarac.ir.errors import TraceError
 from sarac.ir.graph import ModelGraph, Region, Site, Use
 from sarac.ir.inputs import Inputs
-from sarac.ir.layers import adapted, simple
-from sarac.ir.match import Match, linear_nodes
+from sarac.ir.layers import adapted, hooked
+from sarac.ir.layout import Layout, kernel, matrices
+from sarac.ir.match import Match, readers
+from sarac.ir.terms import EMBEDDING
+from sarac.known import holds_only, known_weights, read_from_outside, untraced_weights
+from sarac.regions import ForwardTrace
 
-# Modules of torch whose packed parameters are linear weights although fx cannot trace them.
-_KNOWN_WEIGHTS = {nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")}
-_INTERNAL = frozenset(vars(nn.Module()))
 # Children by which models without `get_output_embeddings` name their output head.
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
 
@@ -31,9 +33,14 @@ class _Found:
     """What is known of one tensor while the modules are walked."""
 
     names: list[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     uses: list[tuple[Use, Match]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # what else reads it
     weight_form: str = ""  # why a linear node's rewrite would not be enough, or not be safe
+    layout: Layout | None = None  # where no match tells it
     skipped: str = ""
+    opt_in: str = ""  # why the default `where` leaves it out
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
@@ -47,14 +54,15 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
     found = _parameters(model)
     regions: dict[str, Region] = {}
     for path, module in model.named_modules():
-        if "_sara" not in module.__dict__ and _owns_matrices(module):
+        read_by_others = isinstance(module, ParametrizationList) or holds_only(module)
+        if "_sara" not in module.__dict__ and _own_matrices(module) and not read_by_others:
             region = _trace_region(path, module, found)
             if region is not None:
                 regions[path] = region
     heads = {id(tensor) for tensor in _head_weights(model)}
     sites = dict(_adapted_sites(model, found))
     for key, item in found.items():
-        site = None if item.names[0] in sites else _site(model, item, key in heads)
+        site = None if item.names[0] in sites else _site(item, key in heads)
         if site is not None:
             sites[site.name] = site
     skipped = {
@@ -72,89 +80,137 @@ def _parameters(model: nn.Module) -> dict[int, _Found]:
     found: dict[int, _Found] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2 and id(parameter) not in own:
-            found.setdefault(id(parameter), _Found([])).names.append(name)
+            found.setdefault(id(parameter), _Found([], tuple(parameter.shape), parameter.dtype)).names.append(name)
     return found
 
 
-def _owns_matrices(module: nn.Module) -> bool:
-    return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
+def _own_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of two or more dimensions that a module's own forward reads: also those of children without a forward."""
+    own = dict(module._parameters)
+    for child, kept in module._modules.items():
+        if kept is not None and (child == "parametrizations" or holds_only(kept)):
+            own |= {f"{child}.{name}": parameter for name, parameter in kept.named_parameters()}
+    return {name: parameter for name, parameter in own.items() if parameter is not None and parameter.ndim >= 2}
 
 
 def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> Region | None:
     """Trace one module and note on `found` what its graphs say about its parameters; None if it cannot be traced."""
-    own = {name: found[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in found}
+    own = {name: found[id(p)] for name, p in _own_matrices(module).items() if id(p) in found}
+    if isinstance(module, torch.jit.ScriptModule):
+        for item in own.values():
+            item.skipped = f"its {type(module).__name__} was scripted with torch.jit: transform the plain model"
+        return None
+    known = known_weights(module)
+    for name in read_from_outside(module):
+        found[id(module.get_parameter(name))].others.append(f"its {type(module).__name__}")
+    for name in known.keys() & own.keys():
+        own[name].weight_form, own[name].layout = known[name]
     try:
-        traces = [_Trace.of(module, training) for training in (True, False)]
+        traces = [ForwardTrace.of(module, training) for training in (True, False)]
     except Exception as error:  # noqa: BLE001  whatever a model's forward does with proxies
-        reason = f"{type(module).__name__} cannot be traced ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        for name, item in own.items():
-            _note_untraced(module, name, item, reason)
+        _note_untraced(module, own, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
     graphs = [trace.graph for trace in traces]
     if graphs[0].python_code("self").src == graphs[1].python_code("self").src:
         graphs = graphs[:1]
     frozen = next((trace.frozen for trace in traces if trace.frozen), "")
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not hooked(module):
         frozen = "its forward was replaced on the instance"
     for mode, graph in zip(("train", "eval") if len(graphs) == 2 else ("both",), graphs, strict=True):
         _note_uses(path, module, mode, graph, own, frozen)
+        _note_foreign(module, graph, found, own)
     guards = {path: value for trace in traces for path, value in trace.reads.items()}
     return Region(path, graphs[0], graphs[-1], tuple(guards.items()))
 
 
+def _note_untraced(module: nn.Module, own: Mapping[str, _Found], error: str) -> None:
+    kind = type(module).__name__
+    reason, known = f"{kind} cannot be traced ({error})", known_weights(module)
+    supposed = untraced_weights(module, own, reason)
+    for name, item in own.items():
+        if name in supposed:
+            item.weight_form, item.layout = supposed[name]
+        elif known and name not in known:
+            item.skipped = f"no matrix that {kind} is known to multiply with"
+        elif name not in known:
+            item.weight_form = item.opt_in = reason
+
+
 def _note_uses(path: str, module: nn.Module, mode: str, graph: fx.Graph, own: Mapping[str, _Found], frozen: str) -> None:
-    matches, others = linear_nodes(graph, own)
-    for match in matches:
-        own[match.param].uses.append((Use(path, match.param, match.node.name, mode), match))
-        if match.left:
-            own[match.param].weight_form = "it multiplies from the left"
+    read = readers(graph, {name: item.shape for name, item in own.items()})
+    for match in read.matches:
+        item = own[match.param]
+        item.uses.append((Use(path, match.param, match.node.name, mode), match))
         if frozen:
-            own[match.param].weight_form = f"{type(module).__name__} keeps its forward: {frozen}"
-    for param, operation in others.items():
-        own[param].skipped = own[param].skipped or f"read by {operation}, which is no linear operation that sarac adapts"
-    for param in own:
+            item.weight_form = f"{type(module).__name__} keeps its forward: {frozen}"
+        elif "." in match.param:
+            item.weight_form = "it is kept in a module of its own"
+    for param, (operation, why) in read.indirect.items():
+        own[param].others.append(operation)
         if not own[param].uses:
-            own[param].skipped = own[param].skipped or f"{type(module).__name__}'s forward does not read it"
+            own[param].weight_form = own[param].weight_form or why
+            own[param].layout = own[param].layout or _supposed(own[param].shape, operation)
+    for param, operation in read.others.items():
+        own[param].others.append(operation)
+        own[param].skipped = own[param].skipped or f"read by {operation}, which is no linear operation that sarac adapts"
+    for param in read.lookups:
+        if not (own[param].uses or own[param].weight_form):
+            own[param].weight_form = own[param].opt_in = "rows of it are looked up"
+    for item in own.values():
+        if not (item.uses or item.weight_form or item.others):
+            item.skipped = item.skipped or f"{type(module).__name__}'s forward does not read it"
 
 
-def _note_untraced(module: nn.Module, name: str, item: _Found, reason: str) -> None:
-    known = next((names for kind, names in _KNOWN_WEIGHTS.items() if isinstance(module, kind)), ())
-    if name in known:
-        item.weight_form = "a packed weight that its module reads directly"
-    else:
-        item.weight_form, item.skipped = reason, reason
+def _note_foreign(module: nn.Module, graph: fx.Graph, found: Mapping[int, _Found], own: Mapping[str, _Found]) -> None:
+    """Note what a module reads of its children's weights: it gets the effective ones, and those of routed adapters are none."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in own and node.users:
+            path, _, name = str(node.target).rpartition(".")
+            item = found.get(id(module.get_submodule(path)._parameters.get(name))) if _reaches(module, path) else None
+            if item is not None:
+                item.others.append(f"the {type(module).__name__} around it")
 
 
-def _site(model: nn.Module, item: _Found, head: bool) -> Site | None:
+def _reaches(module: nn.Module, path: str) -> bool:
+    return any(path == name for name, _ in module.named_modules())
+
+
+def _supposed(shape: tuple[int, ...], operation: str) -> Layout:
+    """How a parameter lies of which no linear node tells: a kernel where it goes into one, else a matrix or a stack."""
+    if operation.startswith("conv") or operation == "bilinear" or len(shape) > 3:
+        return kernel(len(shape))
+    return matrices(len(shape))
+
+
+def _site(item: _Found, head: bool) -> Site | None:
     """The Site of one tensor, None where no linear use of it is known and none can be supposed."""
-    path, _, param = item.names[0].rpartition(".")
-    tensor = model.get_submodule(path)._parameters[param]
-    assert tensor is not None
-    if tensor.ndim != 2:
-        item.skipped = f"a parameter of {tensor.ndim} dimensions: only matrices are adapted yet"
-        return None
     if not item.uses and not item.weight_form:
         return None
-    layouts = {match.transposed for _, match in item.uses}
-    transposed = layouts == {True}
-    if len(layouts) > 1:
-        item.weight_form = "used both as it lies and transposed"
-    rows, columns = tensor.shape
-    embedding = any(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in item.names)
-    opt_in = not item.uses and bool(item.skipped)
-    reason = (
-        "the output head" if head else "shared with an embedding" if embedding else item.skipped if opt_in else item.weight_form
-    )
+    # A lookup takes rows where a linear layer multiplies with them, so the matrix lies as for the latter.
+    lookups = [match.how == EMBEDDING for _, match in item.uses]
+    layouts = [match.layout.flipped if match.how == EMBEDDING else match.layout for _, match in item.uses]
+    layout = item.layout or (layouts[lookups.index(False)] if False in lookups else layouts[0] if layouts else None)
+    layout = layout or _supposed(item.shape, "")
+    parts, out, inner = layout.sizes(item.shape)
+    if layouts and all(one not in (layout, layout.flipped) for one in layouts):
+        item.weight_form = item.weight_form or "it lies otherwise than its use supposes"
+    opt_in = "the output head" if head else item.opt_in
+    if any(lookups):
+        opt_in = opt_in or ("an embedding" if all(lookups) else "shared with an embedding")
+    if item.weight_form and min(out, inner) == 1:
+        opt_in = opt_in or "a vector in the shape of a matrix"
     return Site(
         name=item.names[0],
         names=tuple(item.names),
-        shape=(columns, rows) if transposed else (rows, columns),
-        dtype=tensor.dtype,
-        transposed=transposed,
+        shape=(out, inner),
+        dtype=item.dtype,
         form="weight" if item.weight_form else "call",
-        reason=reason,
-        default=not (head or embedding or opt_in),
+        layout=layout,
+        parts=parts,
+        reason=opt_in or item.weight_form,
+        default=not opt_in,
         uses=tuple(use for use, _ in item.uses),
+        others=tuple(dict.fromkeys(item.others)),
     )
 
 
@@ -163,12 +219,9 @@ def _adapted_sites(model: nn.Module, found: Mapping[int, _Found]) -> Iterable[tu
         for slot in state.slots.values():
             tensor = module._parameters[slot.param]
             assert tensor is not None
-            rows, columns = tensor.shape
-            shape = (columns, rows) if slot.transposed else (rows, columns)
-            yield (
-                slot.site,
-                Site(slot.site, tuple(found[id(tensor)].names), shape, tensor.dtype, slot.transposed, "call", "adapted"),
-            )
+            parts, out, inner = slot.layout.sizes(tuple(tensor.shape))
+            names = tuple(found[id(tensor)].names)
+            yield slot.site, Site(slot.site, names, (out, inner), tensor.dtype, "call", slot.layout, parts, "adapted")
 
 
 def _head_weights(model: nn.Module) -> Iterable[Tensor]:
@@ -186,96 +239,3 @@ def _head_weights(model: nn.Module) -> Iterable[Tensor]:
             head = getattr(model, name, None)
             if isinstance(head, nn.Module):
                 yield from head.parameters()
-
-
-class _RegionTracer(fx.Tracer):
-    """Traces one module's own forward: every child stays a call, parameters and buffers are read where they are used."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-@dataclass
-class _Trace:
-    """One trace of one module in one mode, what it read off the module on the way, and what it would freeze."""
-
-    graph: fx.Graph
-    reads: dict[tuple[str, ...], Any]
-    frozen: str = ""
-
-    @classmethod
-    def of(cls, module: nn.Module, training: bool) -> "_Trace":
-        notes = _Notes()
-        shadow = notes.shadow(module, ())
-        shadow.__dict__["training"] = training
-        shadow.__dict__.pop("forward", None)
-        notes.on = True
-        found = cls(_RegionTracer().trace(shadow), notes.reads)
-        odd = [path for path, value in notes.reads.items() if not simple(value)]
-        inputs = [node for node in found.graph.nodes if node.op == "placeholder"]
-        if any(name.startswith("_tensor_constant") for name in notes.writes):
-            found.frozen = "it makes tensors of its own"
-        elif notes.writes:
-            found.frozen = f"it assigns {notes.writes[0]} while it runs"
-        elif odd:
-            found.frozen = f"it reads the attribute {'.'.join(odd[0])} of type {type(notes.reads[odd[0]]).__name__}"
-        elif any(node.args or str(node.target).startswith("*") for node in inputs):
-            found.frozen = "it takes optional arguments"
-        elif any(node.op == "get_attr" and not _reachable(module, str(node.target)) for node in found.graph.nodes):
-            found.frozen = "it makes tensors of its own"
-        return found
-
-
-@dataclass
-class _Notes:
-    """Every plain attribute that a forward reads or assigns, on its module and on the modules below, by path."""
-
-    reads: dict[tuple[str, ...], Any] = field(default_factory=dict)
-    writes: list[str] = field(default_factory=list)
-    on: bool = False
-    _made: dict[int, nn.Module] = field(default_factory=dict)
-
-    def shadow(self, module: nn.Module, path: tuple[str, ...]) -> nn.Module:
-        """A copy that shares tensors, takes notes, and whose containers can be appended to without harm."""
-        if id(module) in self._made or type(type(module)) is not type:  # the latter: a compiled script
-            return self._made.get(id(module), module)
-        self._made[id(module)] = shadow = copy.copy(module)
-        own = vars(module).items()
-        shadow.__dict__ = {name: copy.copy(value) if isinstance(value, list | dict | set) else value for name, value in own}
-        shadow.__dict__["_modules"] = {
-            name: child if child is None else self.shadow(child, (*path, name)) for name, child in module._modules.items()
-        }
-        shadow.__class__ = self._recorder(type(module), path)
-        return shadow
-
-    def _recorder(self, base: Any, path: tuple[str, ...]) -> type:
-        notes = self
-
-        class Recorder(base):  # type: ignore[misc]
-            def __getattribute__(self, name: str) -> Any:
-                value = super().__getattribute__(name)
-                mode = name == "training" and path  # a child's mode is not this region's
-                if notes.on and (mode or name not in _INTERNAL) and not name.startswith("__"):
-                    value_or_function = getattr(value, "__func__", value)
-                    own = name in object.__getattribute__(self, "__dict__")
-                    if (own or simple(value_or_function)) and not callable(getattr(nn.Module, name, None)):
-                        notes.reads[*path, name] = value_or_function
-                return value
-
-            def __setattr__(self, name: str, value: Any) -> None:
-                if notes.on:
-                    notes.writes.append(name)
-                super().__setattr__(name, value)
-
-        return Recorder
-
-
-def _reachable(module: nn.Module, target: str) -> bool:
-    path, _, name = target.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        return False
-    return name in owner._parameters or name in owner._buffers

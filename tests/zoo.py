@@ -116,7 +116,15 @@ CALLS = {
     "addmm": Call(lambda x, w, b: torch.addmm(b, x, w), True),
     "addmm_mT": Call(lambda x, w, b: torch.addmm(b, x, w.mT), False),
     "addmm_method": Call(lambda x, w, b: b.addmm(x, w), True),
-    "left": Call(lambda x, w, b: (w @ x.mT).mT, False, "weight"),
+    "left": Call(lambda x, w, b: (w @ x.mT).mT, False),
+    "left_t": Call(lambda x, w, b: torch.matmul(w.t(), x.mT).mT + b, True),
+    "einsum": Call(lambda x, w, b: torch.einsum("ti,oi->to", x, w), False),
+    "einsum_rest": Call(lambda x, w, b: torch.einsum("io,...i->...o", w, x) + b, True),
+    "sliced": Call(lambda x, w, b: F.linear(x, torch.cat([w[:2], w[2:]]), b), False, "weight"),
+    "chunks": Call(lambda x, w, b: torch.cat([x @ part for part in w.split(2, 1)], -1), True, "weight"),
+    "scaled": Call(lambda x, w, b: F.linear(x, w * 0.5, b), False, "weight"),
+    "cast": Call(lambda x, w, b: F.linear(x, w.to(x.dtype), b), False, "weight"),
+    "addmm_scaled": Call(lambda x, w, b: torch.addmm(b, x, w.t(), alpha=0.5), False, "weight"),
 }
 
 

@@ -16,18 +16,17 @@ is ten times δ's here).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sarac.ir.errors import NotFoldable, PlanError, near
+from sarac.ir.errors import NotFoldable, PlanError
 from sarac.ir.spectrum import factors
-from sarac.ir.terms import add, mix, project, score
+from sarac.ir.terms import LINEAR, How, add, mix, project, score
 
 Tensors = Mapping[str, Any]
 TRAINS = ("singular_values", "factors")
@@ -59,17 +58,21 @@ class Adapter(Protocol):
     def lr(self) -> float:
         """The learning rate to give Adam."""
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The rank of every matrix of a stack, the largest being `rank`; () for one matrix."""
+
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by role, for a weight of shape (out, inner)."""
+        """The shape of every tensor by role, for a weight of shape (out, inner), or a stack of such."""
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
-        """The tensors by role at which the method changes nothing, for a weight (out, in)."""
+        """The tensors by role at which the method changes nothing, for a weight (out, in) or (parts, out, in)."""
 
-    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
-        """The adapted output, from the input x (…, in) and the base's output y (…, out)."""
+    def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
+        """The adapted output, from the input x (…, in) and the base's output y (…, out) of that linear operation."""
 
     def delta(self, tensors: Tensors) -> Tensor:
-        """The weight change (out, in) that `apply` amounts to, in float32 or better; NotFoldable if there is none."""
+        """The change of the weight (out, in), or of a stack, that `apply` amounts to; NotFoldable if there is none."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,16 @@ class Sara:
     rank: int
     train: str = "singular_values"
     basis: str = field(default="svd", metadata={"option": "init"})
+    parts: tuple[int, ...] = ()
     method: ClassVar[str] = "sara"
     foldable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"rank={self.rank}", "a rank is at least 1")
-        _require(self.train in TRAINS, f"train={self.train}", f"train is one of {', '.join(TRAINS)}")
-        _require(self.basis in INITS, f"init={self.basis}", f"init is one of {', '.join(INITS)}")
+        _require_ranks(self.rank, self.parts)
+        require(self.train in TRAINS, f"train={self.train}", f"train is one of {', '.join(TRAINS)}")
+        require(self.basis in INITS, f"init={self.basis}", f"init is one of {', '.join(INITS)}")
         fits = self.train == "factors" or self.basis == "svd"
-        _require(fits, f"init={self.basis}", "singular values belong to the SVD's factors: random ones need train=factors")
+        require(fits, f"init={self.basis}", "singular values belong to the SVD's factors: random ones need train=factors")
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -106,11 +110,14 @@ class Sara:
         return LR_FACTORS_SVD if self.basis == "svd" else LR_FACTORS_RANDOM
 
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
-        """U (out, k), V (k, in), the scale s (k,) and the shift δ (k,)."""
-        return {"u": (out, self.rank), "v": (self.rank, inner), "scale": (self.rank,), "shift": (self.rank,)}
+        """U (out, k), V (k, in), the scale s (k,) and the shift δ (k,); each with `parts` in front for a stack."""
+        k = self.rank
+        return _each({"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (k,)}, self.parts)
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
         """Factors of `weight` (out, in) in its dtype, and δ = 0."""
+        if self.parts:
+            return _stacked(self, weight, generator, name)
         if self.basis == "svd":
             return {**_svd_tensors(weight, self.rank, name), "shift": _small(weight, self.rank)}
         out, inner = weight.shape
@@ -123,10 +130,11 @@ class Sara:
             "shift": _small(weight, self.rank),
         }
 
-    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
+    def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """y + U ((δ ⊙ s) ⊙ V x)."""
-        h = project(x, tensors["v"])
-        return add(y, h * (tensors["shift"] * tensors["scale"]), tensors["u"])
+        values = tensors["shift"] * tensors["scale"]
+        h = project(x, tensors["v"], how) * (values.unsqueeze(-2) if self.parts else values)
+        return add(y, h, tensors["u"], how)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(δ ⊙ s) V, shape (out, in)."""
@@ -146,17 +154,18 @@ class MoSara:
     sets: int = 5
     router: str = "soft"
     bottleneck: int = 0
+    parts: tuple[int, ...] = ()
     method: ClassVar[str] = "mosara"
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"rank={self.rank}", "a rank is at least 1")
-        _require(self.sets >= 1, f"sets={self.sets}", "there is at least 1 set")
-        _require(self.bottleneck >= 0, f"bottleneck={self.bottleneck}", "a width is at least 1, or 0 for none")
+        _require_ranks(self.rank, self.parts)
+        require(self.sets >= 1, f"sets={self.sets}", "there is at least 1 set")
+        require(self.bottleneck >= 0, f"bottleneck={self.bottleneck}", "a width is at least 1, or 0 for none")
         kind, _, count = self.router.partition(":")
         known = kind in ROUTERS and (kind == "topk") == bool(count)
-        _require(known, f"router={self.router}", "router is soft, topk:N, hard or uniform")
+        require(known, f"router={self.router}", "router is soft, topk:N, hard or uniform")
         fits = kind != "topk" or (count.isdigit() and 1 <= int(count) <= self.sets)
-        _require(fits, f"router={self.router}", f"N is a number from 1 to sets ({self.sets})")
+        require(fits, f"router={self.router}", f"N is a number from 1 to sets ({self.sets})")
 
     @property
     def routed(self) -> bool:
@@ -182,10 +191,12 @@ class MoSara:
         """U (out, k), V (k, in), s (k,), the shifts δ (sets, k), the router R (sets, k) or its two factors."""
         k = self.rank
         factors = {"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (self.sets, k)}
-        return {**factors, **self._router_shapes()}
+        return _each({**factors, **self._router_shapes()}, self.parts)
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
         """SVD factors of `weight` (out, in), every δ_i = 0, R random: equal rows would never separate the sets."""
+        if self.parts:
+            return _stacked(self, weight, generator, name)
         small = _small(weight, self.sets, self.rank)
         tensors = {**_svd_tensors(weight, self.rank, name), "shift": small}
         for role, shape in self._router_shapes().items():
@@ -207,23 +218,25 @@ class MoSara:
             return largest + (soft - soft.detach())
         return soft
 
-    def apply(self, x: Any, y: Any, tensors: Tensors) -> Any:
+    def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """y + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
-        h = project(x, tensors["v"])
+        h = project(x, tensors["v"], how)
         shift, scale = tensors["shift"], tensors["scale"]
-        mixed = h * (shift.mean(0) * scale) if self.foldable else mix(h, self.gates(h, tensors), shift, scale)
-        return add(y, mixed, tensors["u"])
+        if self.routed:
+            return add(y, mix(h, self.gates(h, tensors), shift, scale), tensors["u"], how)
+        values = shift.mean(-2) * scale
+        return add(y, h * (values.unsqueeze(-2) if self.parts else values), tensors["u"], how)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""
         if self.routed:
             raise NotFoldable(f"A routed Mo-SARA adapter ({self.sets} sets, router {self.router}) has no single weight.")
-        return _product(tensors, tensors["shift"].mean(0) * tensors["scale"])
+        return _product(tensors, tensors["shift"].mean(-2) * tensors["scale"])
 
     def mean_delta(self, tensors: Tensors, gates: Tensor) -> Tensor:
-        """U diag(Σ_i g_i λ_i) V for fixed gates of shape (sets,), shape (out, in)."""
+        """U diag(Σ_i g_i λ_i) V for fixed gates of shape (sets,), or (parts, sets) of a stack."""
         shift = tensors["shift"]
-        return _product(tensors, (gates.to(shift) @ shift) * tensors["scale"])
+        return _product(tensors, torch.einsum("...s,...sk->...k", gates.to(shift), shift) * tensors["scale"])
 
     def _router_shapes(self) -> dict[str, tuple[int, int]]:
         if not self.routed:
@@ -231,38 +244,6 @@ class MoSara:
         if not self.bottleneck:
             return {"router": (self.sets, self.rank)}
         return {"router": (self.sets, self.bottleneck), "router_in": (self.bottleneck, self.rank)}
-
-
-METHODS: dict[str, type[Sara | MoSara]] = {"sara": Sara, "mosara": MoSara}
-
-
-def options(method: str) -> dict[str, Field[Any]]:
-    """The options of a method by the names that plans and files use."""
-    if method not in METHODS:
-        raise PlanError(f"The method {method!r} is unknown. {near(method, METHODS)}")
-    return {item.metadata.get("option", item.name): item for item in fields(METHODS[method])}
-
-
-def build(method: str, rank: int, chosen: Mapping[str, Any]) -> Adapter:
-    """The adapter of a method at a rank, with options by the names that plans use."""
-    known = options(method)
-    wrong = next((name for name in chosen if name not in known or name == "rank"), None)
-    if wrong is not None:
-        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [n for n in known if n != 'rank'])}")
-    kinds = {known[name].name: _read(name, known[name], value) for name, value in chosen.items()}
-    return METHODS[method](rank=rank, **kinds)
-
-
-def describe(adapter: Adapter) -> dict[str, Any]:
-    """The adapter as plain JSON values: method, rank and every option."""
-    values = {name: getattr(adapter, item.name) for name, item in options(adapter.method).items()}
-    return {"method": adapter.method, **values}
-
-
-def trainable_count(adapter: Adapter, shape: tuple[int, int]) -> int:
-    """How many numbers train on a weight of shape (out, in)."""
-    shapes = adapter.shapes(*shape)
-    return sum(math.prod(shapes[role]) for role in adapter.trainable)
 
 
 def _svd_tensors(weight: Tensor, rank: int, name: str) -> dict[str, Tensor]:
@@ -282,19 +263,34 @@ def _small(weight: Tensor, *shape: int) -> Tensor:
 
 def _product(tensors: Tensors, values: Tensor) -> Tensor:
     wide = torch.promote_types(tensors["u"].dtype, torch.float32)
-    product: Tensor = (tensors["u"].to(wide) * values.to(wide)) @ tensors["v"].to(wide)
+    product: Tensor = (tensors["u"].to(wide) * values.to(wide).unsqueeze(-2)) @ tensors["v"].to(wide)
     return product
 
 
-def _require(holds: bool, given: str, rule: str) -> None:
+def _each(shapes: dict[str, tuple[int, ...]], parts: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {role: (len(parts), *shape) for role, shape in shapes.items()} if parts else shapes
+
+
+def _stacked(adapter: Sara | MoSara, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+    """Every matrix's own tensors, padded with zeros to one rank: a zero scale keeps the padding at zero for good."""
+    made = [
+        replace(adapter, rank=rank, parts=()).init(weight[i], generator, f"{name}[{i}]") for i, rank in enumerate(adapter.parts)
+    ]
+    shapes = adapter.shapes(*weight.shape[-2:])
+    stacked = {role: made[0][role].new_zeros(shapes[role]) for role in made[0]}
+    for i, tensors in enumerate(made):
+        for role, tensor in tensors.items():
+            stacked[role][i][tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked
+
+
+def _require_ranks(rank: int, parts: tuple[int, ...]) -> None:
+    require(rank >= 1, f"rank={rank}", "a rank is at least 1")
+    fits = not parts or (min(parts) >= 1 and max(parts) == rank)
+    require(fits, f"parts={parts}", f"each is at least 1 and the largest is the rank, {rank}")
+
+
+def require(holds: bool, given: str, rule: str) -> None:
+    """Raise PlanError unless an option's value is possible."""
     if not holds:
         raise PlanError(f"The option {given} is not possible: {rule}.")
-
-
-def _read(name: str, item: Field[Any], value: Any) -> Any:
-    whole = type(value) is int or (isinstance(value, str) and value.isdigit())
-    if isinstance(item.default, int):
-        _require(whole, f"{name}={value}", "it takes a whole number")
-        return int(value)
-    _require(isinstance(value, str), f"{name}={value}", "it takes a word")
-    return value

@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,7 @@ def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(),
         trains = owned if frozen else parameter.requires_grad
         memo[id(parameter)] = _parameter(parameter, trains, parameter.detach().clone() if trains else parameter.detach())
     for owner in module.modules():
+        _require_plain(owner)
         _require_copyable_forward(owner)
         memo.update({id(tensor): tensor.detach().clone() for tensor in _loose_tensors(owner)})
     try:
@@ -58,6 +60,17 @@ def _loose_tensors(module: nn.Module) -> Iterator[Tensor]:
     for name, value in vars(module).items():
         if name not in ("_parameters", "_buffers", "_modules"):
             yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
+
+
+def _require_plain(module: nn.Module) -> None:
+    """A compiled or scripted module runs code that was made of the source."""
+    compiled = type(module).__name__ == "OptimizedModule"  # its class would import all of dynamo
+    if compiled or isinstance(module, torch.jit.ScriptModule):
+        how = "compiled with torch.compile" if compiled else "scripted with torch.jit"
+        raise RewriteError(
+            f"A {type(module).__name__} in the model was {how}, which fixed what it computes: transform the plain model first, "
+            "and compile the result."
+        )
 
 
 def _require_copyable_forward(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ live in the plan; the live module is carried along. This is the only module that
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,10 @@ from torch import fx, nn
 
 from sarac.ir.errors import TraceError, near
 from sarac.ir.inputs import Inputs
+from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
 from sarac.ir.plan import Plan
 from sarac.ir.spectrum import Spectrum
-from sarac.ir.weight import Guard, oriented
+from sarac.ir.weight import Guard
 
 META = "sarac"
 
@@ -35,18 +37,35 @@ class Use:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight, shape (out, in), and how it is used. A weight used twice is one site with two uses."""
+    """A weight, shape (out, in), or a stack of `parts` such, and its uses. A weight used twice is one site with two uses."""
 
     name: str
     names: tuple[str, ...]
     shape: tuple[int, int]
     dtype: torch.dtype
-    transposed: bool
     form: str  # "call": its linear nodes are rewritten; "weight": the parameter becomes its effective value
+    layout: Layout = MATRIX
+    parts: int = 0  # how many matrices it is a stack of; 0 for one that is no stack
     reason: str = ""  # why not "call", or why the default `where` leaves it out
     default: bool = True  # whether the default `where` takes it
     uses: tuple[Use, ...] = ()
+    others: tuple[str, ...] = ()  # what else reads the weight, and gets its effective value
     spectrum: Spectrum | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is one matrix, stored as (in, out)."""
+        return self.layout == TRANSPOSED
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """(out, in), or (parts, out, in)."""
+        return (self.parts, *self.shape) if self.parts else self.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight has."""
+        return math.prod(self.full_shape)
 
     @property
     def kind(self) -> str:
@@ -62,12 +81,9 @@ class Site:
     def facts(self, threshold: float) -> dict[str, Any]:
         """What goes into `node.meta`: the weight, its shape and the threshold rank."""
         assert self.spectrum is not None
-        return {
-            "site": self.name,
-            "shape": self.shape,
-            "threshold": threshold,
-            "rank": self.spectrum.rank_at(threshold),
-        }
+        ranks = tuple(part.rank_at(threshold) for part in self.spectrum.parts)
+        rank = self.spectrum.rank_at(threshold)
+        return {"site": self.name, "shape": self.full_shape, "threshold": threshold, "rank": ranks or rank}
 
 
 @dataclass(frozen=True)
@@ -102,10 +118,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class Folded:
-    """What folding did to one site: ‖Δ‖/‖W‖, and the share ‖round(W+Δ)−W−Δ‖/‖Δ‖ of the delta that rounding lost."""
+    """What folding did to one site: ‖Δ‖/‖W‖, the share ‖round(W+Δ)−W−Δ‖/‖Δ‖ of the delta that rounding lost, onto what base."""
 
     relative_delta: float
     surviving_delta: float
+    base: str = "stored"  # or "de-quantised …": the merged weight then is a plain one
 
 
 @dataclass(frozen=True)
@@ -129,11 +146,11 @@ class ModelGraph:
         return found
 
     def weight(self, site: Site) -> torch.Tensor:
-        """The site's stored weight as (out, in)."""
+        """The site's stored weight as (out, in) or (parts, out, in), de-quantised where it is quantised."""
         path, _, param = site.name.rpartition(".")
         stored = self.module.get_submodule(path)._parameters[param]
         assert stored is not None
-        tensor: torch.Tensor = oriented(stored.detach(), site.transposed)
+        tensor: torch.Tensor = site.layout.matrix(dense(stored.detach()))
         return tensor
 
     def nodes(self, site: Site) -> Iterator[fx.Node]:

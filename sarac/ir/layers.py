@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import RewriteError, WeightError
-from sarac.ir.weight import EffectiveWeight, Guard, Slot, State, base_attribute, effective
+from sarac.ir.weight import PRODUCTS, EffectiveWeight, Guard, Slot, State, base_attribute, effective
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, *_FUNCTIONS)
@@ -74,7 +74,25 @@ def install(
             module.register_parameter(name, tensor)
         _require_free(module, slot.site, base_attribute(slot.param))
     module.__dict__["_sara"] = State({slot.param: slot for slot in slots}, guards)
+    bound = _bound_forwards(module)
     module.__class__ = _adapted_class(type(module), tuple(slot.param for slot in slots), forward)
+    _bind_forwards(module, bound)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a forward on the instance ends in the class's own, as that of accelerate's hooks does: it can be bound anew."""
+    return bool(_bound_forwards(module))
+
+
+def _bound_forwards(module: nn.Module) -> list[str]:
+    """The instance's attributes that are the class's own forward; accelerate keeps it as `_old_forward` behind its hooks."""
+    own = type(module).forward
+    return [name for name in ("forward", "_old_forward") if getattr(module.__dict__.get(name), "__func__", None) is own]
+
+
+def _bind_forwards(module: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        module.__dict__[name] = types.MethodType(type(module).forward, module)
 
 
 def _require_free(module: nn.Module, site: str, name: str) -> None:
@@ -88,7 +106,9 @@ def uninstall(module: nn.Module) -> None:
         for role in slot.tensors(module):
             del module._parameters[slot.attribute(role)]
     del module.__dict__["_sara"]
+    bound = _bound_forwards(module)
     module.__class__ = type(module).__sara_base__  # type: ignore[attr-defined]
+    _bind_forwards(module, bound)
 
 
 def adapted(root: nn.Module) -> Iterator[tuple[str, nn.Module, State]]:
@@ -155,21 +175,34 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
         for param in params:
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
             body[base_attribute(param)] = property(_base_getter(param), doc="The untouched base weight.")
-        if forward is not None:
-            body["forward"] = _dispatch(base, forward)
+        body["forward"] = _dispatch(base, forward)
+        if issubclass(base, nn.RNNBase):  # it calls with a list of its weights that it keeps beside them
+            body["_flat_weights"] = property(_flat_weights, lambda self, _: None)
+            body["flatten_parameters"] = lambda self: None
         _classes[key] = type(base.__name__, (base,), body)
     return _classes[key]
 
 
-def _dispatch(base: Any, forward: Forward) -> Callable[..., Any]:
+def _flat_weights(self: Any) -> list[Any]:
+    return [getattr(self, name) for name in self._flat_weights_names]
+
+
+def _dispatch(base: Any, forward: Forward | None) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self._sara
         # A trace stands for tensors: None, a number or a tuple may take another branch.
-        given = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-        if state.enabled and given and all(_holds(self, guard) for guard in state.guards):
-            return (forward.train if self.training else forward.evaluate)(self, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)  # reads the effective weight, or the base when disabled
+        given = forward is not None and all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+        if given and state.enabled and all(_holds(self, guard) for guard in state.guards):
+            return (forward.train if self.training else forward.evaluate)(self, *args, **kwargs)  # type: ignore[union-attr]
+        # It reads the effective weight, or the base when disabled.
+        if torch.compiler.is_compiling() or PRODUCTS in self.__dict__:
+            return base.forward(self, *args, **kwargs)
+        self.__dict__[PRODUCTS] = {}
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(PRODUCTS, None)
 
     return call
 

@@ -1,89 +1,269 @@
-"""Which nodes of a graph are linear in which parameter: linear, matmul, mm, @ and addmm, plain or transposed."""
+"""Which operations of a graph are linear in which parameter, and through what a parameter comes there.
 
-import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+A *weight* is an expression over parameters alone that a linear operation multiplies with activations. Where that expression
+is a parameter, or its transpose, the operation can be rewritten; where it is sliced, concatenated, scaled or normalised first,
+the parameter becomes its effective value instead.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 from torch.nn import functional
 
-_MATMUL = {operator.matmul, torch.matmul, torch.mm}
-_TRANSPOSES = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"}
+from sarac.ir.layout import Layout, kernel
+from sarac.ir.terms import EMBEDDING, LINEAR, How
+
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+# Linear operations by name: where the input and the weight stand, by position and keyword.
+_PLACES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
+    **dict.fromkeys(("linear", *_CONVOLUTIONS, *(f"conv_transpose{n}d" for n in (1, 2, 3))), ((0, "input"), (1, "weight"))),
+    **dict.fromkeys(("embedding", "embedding_bag"), ((0, "input"), (1, "weight"))),
+    "bilinear": ((0, "input1"), (2, "weight")),
+    "addmm": ((1, "mat1"), (2, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+}
+# Linear in each of their operands, of which any may be a weight, but without an input-side path.
+_MULTILINEAR = {
+    "mv",
+    "inner",
+    "tensordot",
+    "chain_matmul",
+    "linalg_multi_dot",
+    "multi_dot",
+    "einsum",
+    "_grouped_mm",
+    "grouped_mm",
+}
+_LOOKUPS = {"getitem", "__getitem__", "index_select", "index", "select", "take_along_dim", "gather"}
+_PRODUCTS = {"matmul", "mm", "bmm", "__matmul__"}
+_TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "contiguous"}
+# Operations whose result holds the values of their first argument, however the others came about.
+_PASSES_ON = frozenset(
+    "t T mT transpose swapaxes swapdims permute contiguous clone detach alias to _to_copy type type_as float half bfloat16 "
+    "double cpu cuda expand expand_as repeat tile repeat_interleave view view_as reshape reshape_as flatten unflatten unsqueeze "
+    "squeeze getitem __getitem__ select index_select index narrow slice chunk split tensor_split unbind numpy_T".split()
+)
+_FACTS = frozenset("shape dtype device ndim size dim ndimension numel is_floating_point layout requires_grad __len__".split())
+
+
+# Every node that depends on parameters and constants alone, and the parameters that it depends on.
+MadeOf = dict[fx.Node, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A node that is a parameter with its dimensions in another order: by which nodes, and which order."""
+
+    param: str
+    shape: tuple[int, ...]
+    chain: tuple[fx.Node, ...]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Match:
-    """`node` computes x W (+ bias): its input `x` and whether the parameter is stored as (in, out)."""
+    """`node` is linear in the parameter: its input `x`, how the parameter lies, and how the input goes through it."""
 
     node: fx.Node
     param: str
     x: Any
     chain: tuple[fx.Node, ...]  # the read of the parameter, then the transposes up to the node
-    transposed: bool
-    left: bool = False  # W x instead of x W: linear, but without an input of shape (…, in)
+    layout: Layout
+    how: How
 
 
-def linear_nodes(graph: fx.Graph, params: Iterable[str]) -> tuple[list[Match], dict[str, str]]:
-    """The linear nodes over these parameters, and for each parameter read otherwise the first such operation's name."""
-    matches: list[Match] = []
-    others: dict[str, str] = {}
-    names = set(params)
-    for read in graph.nodes:
-        if read.op == "get_attr" and read.target in names:
-            _follow((read,), str(read.target), False, matches, others)
-    return matches, others
+@dataclass(frozen=True)
+class Readers:
+    """What reads each parameter of a graph: linear operations, linear operations on something made of it, and the rest."""
+
+    matches: list[Match] = field(default_factory=list)
+    indirect: dict[str, tuple[str, str]] = field(default_factory=dict)  # the operation, and why it cannot be rewritten
+    others: dict[str, str] = field(default_factory=dict)  # the first operation that is not linear in it
+    lookups: set[str] = field(default_factory=set)  # those of which an index that is computed picks parts
 
 
-def _follow(chain: tuple[fx.Node, ...], param: str, flipped: bool, matches: list[Match], others: dict[str, str]) -> None:
-    """Sort the users of a parameter, or of its transpose, into linear nodes and other readers."""
-    for user in chain[-1].users:
-        turns = _turns(user)
-        if turns is not None:
-            _follow((*chain, user), param, flipped != turns, matches, others)
-            continue
-        match = _match(user, chain, param, flipped)
-        if match is None:
-            others.setdefault(param, _name(user))
+def readers(graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]]) -> Readers:
+    """Sort all that the parameters of these names and shapes come to in a graph."""
+    found = Readers()
+    made_of: MadeOf = {}
+    turned: dict[fx.Node, _Turned] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            made_of[node] = frozenset([name]) if name in shapes else frozenset()
+            if name in shapes:
+                turned[node] = _Turned(name, shapes[name], (node,), tuple(range(len(shapes[name]))))
+        elif node.op in ("call_function", "call_method"):
+            _sort(node, made_of, turned, found)
         else:
-            matches.append(match)
+            _note_others(node.all_input_nodes, made_of, found, _name(node))
+    return found
 
 
-def _match(node: fx.Node, chain: tuple[fx.Node, ...], param: str, flipped: bool) -> Match | None:
-    args, weight = node.args, chain[-1]
-    if node.op == "call_function" and node.target is functional.linear:
-        x, w = _argument(node, 0, "input"), _argument(node, 1, "weight")
-        return Match(node, param, x, chain, flipped) if w is weight and x is not weight else None
-    if (node.op == "call_function" and node.target is torch.addmm) or (node.op == "call_method" and node.target == "addmm"):
-        x, w = _argument(node, 1, "mat1"), _argument(node, 2, "mat2")
-        scaled = node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1
-        return None if w is not weight or x is weight or scaled else Match(node, param, x, chain, not flipped)
-    matmul = node.op == "call_function" and node.target in _MATMUL
-    if matmul or (node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__")):
-        if len(args) != 2 or args[0] is args[1]:
-            return None
-        left = args[0] is weight
-        return Match(node, param, args[1] if left else args[0], chain, flipped if left else not flipped, left)
-    return None
+def _sort(node: fx.Node, made_of: MadeOf, turned: dict[fx.Node, _Turned], found: Readers) -> None:
+    name, sources = operation(node), node.all_input_nodes
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    use = linear_use(node, made_of)
+    if use is not None:
+        _note_use(node, use, made_of, turned, found)
+        _note_others([source for source in sources if source is not use[1]], made_of, found, name)
+    elif name in _FACTS:
+        made_of[node] = frozenset()
+    elif name in _MULTILINEAR and not all(source in made_of for source in sources):
+        for param in {param for source in sources for param in made_of.get(source, ())}:
+            found.indirect.setdefault(param, (name, f"{name} has no input-side path for it"))
+    elif name in _PASSES_ON and first is not None:
+        if first in made_of:
+            made_of[node] = made_of[first]
+            if name in _LOOKUPS and not all(source in made_of for source in sources):
+                found.lookups.update(made_of[first])
+            order = _turn(node, turned[first].order) if first in turned else None
+            if order is not None:
+                turned[node] = replace(turned[first], chain=(*turned[first].chain, node), order=order)
+        _note_others([source for source in sources if source is not first], made_of, found, name)
+    elif sources and all(source in made_of for source in sources):
+        made_of[node] = frozenset().union(*(made_of[source] for source in sources))
+    else:
+        _note_others(sources, made_of, found, name)
 
 
-def _turns(node: fx.Node) -> bool | None:
-    """Whether a node transposes a matrix (True), leaves it as it lies (False), or does something else (None)."""
-    if node.op == "call_function" and node.target is getattr:
-        return True if node.args[1] in ("T", "mT") else None
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in _TRANSPOSES or node.op not in ("call_method", "call_function") or node.kwargs:
+def linear_use(node: fx.Node, made_of: MadeOf) -> tuple[Any, fx.Node, bool] | None:
+    """The input, the weight and whether it stands on the left, where `node` is linear in something made of parameters."""
+    name = operation(node)
+    if name in _PLACES:
+        places = _PLACES[name]
+        if name.startswith("embedding") and node.target is not getattr(functional, name):
+            places = ((1, "indices"), (0, "weight"))  # torch's own order
+        x, weight = (_argument(node, *place) for place in places)
+        return (x, weight, False) if isinstance(weight, fx.Node) and made_of.get(weight) else None
+    left: Any
+    right: Any
+    if name in _PRODUCTS and len(node.args) == 2:
+        left, right = node.args
+    elif name == "einsum" and len(_operands(node)) == 2:
+        left, right = _operands(node)
+    else:
+        return None
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    if made_of.get(right) and left not in made_of:
+        return left, right, False
+    return (right, left, True) if made_of.get(left) and right not in made_of else None
+
+
+def operation(node: fx.Node) -> str:
+    """The name of what a node computes: the same for a function, a method, and an operator of an exported graph."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:
+        return str(node.args[1])
+    return str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", ""))
+
+
+def _note_use(
+    node: fx.Node, use: tuple[Any, fx.Node, bool], made_of: MadeOf, turned: Mapping[fx.Node, _Turned], found: Readers
+) -> None:
+    x, weight, left = use
+    if operation(node) == "embedding" and _argument(node, 3, "max_norm") is not None:
+        _note_others([weight], made_of, found, "an embedding with max_norm, which writes into it,")
+        return
+    known = turned.get(weight)
+    lies = _lies(node, left, known) if known is not None and isinstance(x, fx.Node) and not made_of.get(x) else None
+    if known is not None and lies is not None:
+        found.matches.append(Match(node, known.param, x, known.chain, *lies))
+        return
+    name = operation(node)
+    why = f"{name} has no input-side path for it" if known else f"{name} takes a value computed from it"
+    for param in made_of[weight]:
+        found.indirect.setdefault(param, (name, why))
+
+
+def _lies(node: fx.Node, left: bool, weight: _Turned) -> tuple[Layout, How] | None:
+    """How the parameter of a linear operation lies and how the input goes through it; None where it cannot be rewritten."""
+    name, order = operation(node), weight.order
+    if name in _CONVOLUTIONS and order == tuple(range(len(order))):
+        how = _convolution(node, weight.shape[2:])
+        return None if how is None else (kernel(len(order)), how)
+    if name == "einsum":
+        return _einsum(node, left, order)
+    if name == "embedding" and node.target is functional.embedding:
+        return Layout((order[1],), (order[0],)), EMBEDDING
+    if name not in ("linear", "addmm", "baddbmm", *_PRODUCTS) or len(order) not in (2, 3):
+        return None
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    rows, columns = (order[-2], order[-1]) if name == "linear" or left else (order[-1], order[-2])
+    return Layout((rows,), (columns,), order[:-2]), ("left",) if left else LINEAR
+
+
+def _convolution(node: fx.Node, sizes: tuple[int, ...]) -> How | None:
+    options = [_argument(node, 3 + i, name) for i, name in enumerate(("stride", "padding", "dilation", "groups"))]
+    options = [default if given is None else given for given, default in zip(options, (1, 0, 1, 1), strict=True)]
+    if any(isinstance(part, fx.Node) for option in options for part in (option if isinstance(option, tuple) else (option,))):
+        return None
+    return ("conv", tuple(sizes), *options)
+
+
+def _einsum(node: fx.Node, left: bool, order: tuple[int, ...]) -> tuple[Layout, How] | None:
+    """The layout of an einsum's weight by its letters: shared with x and the result the stack, with x alone in, the rest out."""
+    equation = re.fullmatch(r"([a-z.]+),([a-z.]+)->([a-z.]+)", str(node.args[0]).replace(" ", ""))
+    if equation is None:
+        return None
+    x, weight, result = (equation[2], equation[1], equation[3]) if left else equation.groups()
+    if (
+        "." in weight
+        or len(order) != len(weight)
+        or any(len(set(part)) < len(part.replace("...", ".")) for part in (x, weight, result))
+    ):
+        return None
+    dims = dict(zip(weight, order, strict=True))
+    stack = tuple(dims[letter] for letter in weight if letter in x and letter in result)
+    inner = tuple(dims[letter] for letter in weight if letter in x and letter not in result)
+    out = tuple(dims[letter] for letter in weight if letter not in x and letter in result)
+    summed = len(stack) + len(inner) + len(out) < len(weight)
+    if summed or not inner or not out or ("." in x) != ("." in result) or (stack and "." in x):
+        return None
+    return Layout(out, inner, stack), ("einsum", x, weight, result)
+
+
+def _turn(node: fx.Node, order: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The order of a tensor's dimensions after a node that permutes them; None where it does something else."""
+    name, last = operation(node), (*order[:-2], *reversed(order[-2:]))
+    if name in ("t", "mT") or (name == "T" and len(order) == 2):
+        return last
+    if name not in _TURNS or node.kwargs:
         return None
     dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    order = [dim % 2 for dim in dims if isinstance(dim, int)]
-    if name == "t" or order == [1, 0] or (order == [0, 1] and name != "permute"):
-        return True
-    return False if order in ([0, 1], [0, 0], [1, 1]) else None
+    places = [dim % len(order) for dim in dims if isinstance(dim, int)]
+    if name == "contiguous":
+        return order
+    if name == "permute":
+        return tuple(order[place] for place in places) if len(places) == len(order) else None
+    if len(places) != 2:
+        return None
+    swapped = list(order)
+    swapped[places[0]], swapped[places[1]] = order[places[1]], order[places[0]]
+    return tuple(swapped)
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    given = node.args[1:]
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else tuple(given)
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _note_others(sources: Iterable[fx.Node], made_of: MadeOf, found: Readers, name: str) -> None:
+    for source in sources:
+        for param in made_of.get(source, ()):
+            found.others.setdefault(param, name)
 
 
 def _name(node: fx.Node) -> str:

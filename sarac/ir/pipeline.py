@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sarac.ir.check import coarsest, difference, leaves, require_close, require_identical
 from sarac.ir.clone import clone
 from sarac.ir.errors import CheckFailed, NotFoldable, RewriteError
-from sarac.ir.graph import ModelGraph, owners
+from sarac.ir.graph import ModelGraph, Site, owners
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 from sarac.ir.plan import Plan
@@ -137,10 +138,7 @@ def _site_outputs(graph: ModelGraph, module: nn.Module) -> Iterator[tuple[str, _
     """What each owner gives for random inputs of its sites' shapes; those that want something else are left out."""
     for site in graph.sites.values():
         for owner, _, path in owners(module, site.names):
-            weight = next(owner.parameters())
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(2, 3, site.shape[1], generator=generator).to(weight)
-            for probe in (x, x[0]):
+            for probe in _probes(owner, site):
                 torch.manual_seed(0)
                 try:
                     outputs = _detached(owner(probe))
@@ -152,6 +150,21 @@ def _site_outputs(graph: ModelGraph, module: nn.Module) -> Iterator[tuple[str, _
                     # A product of the same numbers may round otherwise where the effective weight lies elsewhere in memory.
                     yield path or type(owner).__name__, _Seen(outputs, coarsest(outputs, owner), site.form == "call")
                     break
+
+
+def _probes(owner: nn.Module, site: Site) -> Iterator[torch.Tensor]:
+    """Inputs that a module with a weight of this shape may take: rows of it, images for a kernel, indices of an embedding."""
+    weight = next(owner.parameters())
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        yield torch.arange(min(owner.num_embeddings, 6), device=weight.device).reshape(1, -1)
+        return
+    generator = torch.Generator().manual_seed(0)
+    shapes: tuple[tuple[int, ...], ...] = ((2, 3, site.shape[1]), (3, site.shape[1]))
+    if isinstance(owner, _ConvNd):
+        spans = zip(owner.kernel_size, owner.dilation, strict=True)
+        shapes = ((2, owner.in_channels, *((size - 1) * step + 4 for size, step in spans)),)
+    for shape in shapes:
+        yield torch.randn(shape, generator=generator).to(weight.device, site.dtype)
 
 
 def _detached(outputs: Any) -> list[torch.Tensor]:

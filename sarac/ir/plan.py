@@ -3,17 +3,19 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from sarac.ir.adapters import METHODS, Adapter, build, describe
+from sarac.ir.adapters import Adapter
 from sarac.ir.errors import PlanError, near
+from sarac.ir.methods import METHODS, build, describe
 from sarac.ir.spectrum import Spectrum, require_share
 
+Key = TypeVar("Key", bound=Hashable)  # what a matrix is known by: its weight's name, and which of a stack it is
 RULES = ("threshold", "energy", "rank", "budget")
 FORMAT = 1
 
@@ -55,8 +57,8 @@ class Rule:
         rule._require_valid(text)
         return rule
 
-    def ranks(self, spectra: Mapping[str, Spectrum], cost: Callable[[str, int], int], total: int) -> dict[str, int]:
-        """The rank of every weight; `cost` gives the numbers that train at a rank, `total` is what a % is taken of."""
+    def ranks(self, spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int], total: int) -> dict[Key, int]:
+        """The rank of every matrix; `cost` gives the numbers that train at a rank, `total` is what a % is taken of."""
         if self.kind == "budget":
             return self._budget_ranks(spectra, cost, int(self.value / 100.0 * total) if self.percent else int(self.value))
         if self.kind == "rank" and spectra and all(self.value > s.full_rank for s in spectra.values()):
@@ -73,15 +75,15 @@ class Rule:
         high = spectrum.full_rank if self.high is None else min(self.high, spectrum.full_rank)
         return min(max(rank, self.low), high)
 
-    def _budget_ranks(self, spectra: Mapping[str, Spectrum], cost: Callable[[str, int], int], budget: int) -> dict[str, int]:
+    def _budget_ranks(self, spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int], budget: int) -> dict[Key, int]:
         # Ranks only change at the shares that some first k values reach, so the largest of these shares that still
         # fits is the exact answer; the totals grow with it, so a bisection finds it.
         shares = sorted(set(torch.cat([s.shares() for s in spectra.values()]).clamp(1e-300, 1.0).tolist()))
 
-        def at(share: float) -> dict[str, int]:
+        def at(share: float) -> dict[Key, int]:
             return {name: self._clamp(s.rank_at(share), s) for name, s in spectra.items()}
 
-        def spent(ranks: Mapping[str, int]) -> int:
+        def spent(ranks: Mapping[Key, int]) -> int:
             return sum(cost(name, rank) for name, rank in ranks.items())
 
         least = at(shares[0])
@@ -155,28 +157,43 @@ class Plan:
         pairs = {name: (self.sites.get(name), other.sites.get(name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-    def require_fits(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise PlanError at the first site that is unknown or whose rank exceeds min(out, in)."""
+    def require_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise PlanError at the first site that is unknown or whose rank exceeds min(out, in).
+
+        `shapes` are (out, in), or (parts, out, in) for a stack.
+        """
         for name, adapter in self.sites.items():
             if name not in shapes:
                 raise PlanError(
                     f"The plan names the weight {name!r}, which the model does not have as a linear site. {near(name, shapes)}"
                 )
-            if adapter.rank > min(shapes[name]):
+            stack, shape = shapes[name][:-2], shapes[name][-2:]
+            if adapter.rank > min(shape):
                 raise PlanError(
-                    f"The plan gives {name} rank {adapter.rank}, above min(out, in) = {min(shapes[name])} of its shape "
-                    f"{shapes[name]}: lower it in the plan."
+                    f"The plan gives {name} rank {adapter.rank}, above min(out, in) = {min(shape)} of its shape "
+                    f"{shape}: lower it in the plan."
+                )
+            if adapter.parts and stack != (len(adapter.parts),):
+                raise PlanError(
+                    f"The plan gives {name} {len(adapter.parts)} ranks, and it is {stack[0] if stack else 'one'} "
+                    f"{'matrices' if stack else 'matrix'} of shape {shape}: give one rank, or as many as there are."
                 )
 
 
 def _adapter(name: str, entry: Any) -> Adapter:
-    if not isinstance(entry, dict) or entry.get("method") not in METHODS or type(entry.get("rank")) is not int:
-        raise PlanError(f"The plan's entry for {name} needs a method ({', '.join(METHODS)}) and a whole rank: {entry!r}.")
+    if not isinstance(entry, dict) or entry.get("method") not in METHODS or not _ranks(entry.get("rank")):
+        raise PlanError(
+            f"The plan's entry for {name} needs a method ({', '.join(METHODS)}) and a whole rank, or a list of them: {entry!r}."
+        )
     chosen = {key: value for key, value in entry.items() if key not in ("method", "rank")}
     try:
         return build(entry["method"], entry["rank"], chosen)
     except PlanError as error:
         raise PlanError(f"At {name}: {error}") from error
+
+
+def _ranks(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and bool(value) and all(type(rank) is int for rank in value))
 
 
 def _number(text: str) -> float:

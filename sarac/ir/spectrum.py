@@ -19,27 +19,42 @@ _SMALL = 2048
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All singular values of one weight, descending, in float64, and the size below which they count as zero."""
+    """All singular values of one weight, descending, in float64, and the size below which they count as zero.
+
+    Of a stack of matrices `parts` has each one's own and `values`, shape (parts, n), all of them; ranks are the largest ones.
+    """
 
     values: Tensor
     floor: float
+    parts: tuple["Spectrum", ...] = ()
 
     @property
     def full_rank(self) -> int:
         """How many values there are: min(out, in)."""
-        return self.values.numel()
+        return self.values.shape[-1]
+
+    @property
+    def matrices(self) -> tuple["Spectrum", ...]:
+        """The spectrum of every matrix: itself, or the parts of a stack."""
+        return self.parts or (self,)
 
     @cached_property
     def numerical_rank(self) -> int:
         """How many values count as non-zero."""
+        if self.parts:
+            return max(part.numerical_rank for part in self.parts)
         return int((self.values > self.floor).sum())
 
     def rank_at(self, threshold: float) -> int:
         """The smallest k with s1 + … + sk >= threshold · (s1 + … + sn); threshold in (0, 1], k in 1..n."""
+        if self.parts:
+            return max(part.rank_at(threshold) for part in self.parts)
         return self._rank_at(threshold, self._sums)
 
     def rank_at_energy(self, threshold: float) -> int:
         """The smallest k with s1² + … + sk² >= threshold · (s1² + … + sn²); threshold in (0, 1], k in 1..n."""
+        if self.parts:
+            return max(part.rank_at_energy(threshold) for part in self.parts)
         return self._rank_at(threshold, self._squares)
 
     def shares(self) -> Tensor:
@@ -73,11 +88,14 @@ def require_share(threshold: float) -> None:
 
 
 def spectrum(weight: Tensor, name: str = "the weight") -> Spectrum:
-    """The singular values of `weight`, shape (out, in), by a float64 SVD; `name` is for the message of an error.
+    """The singular values of `weight`, (out, in) or a stack (parts, out, in), by a float64 SVD; `name` is for errors.
 
     Values up to max(out, in) · eps · s1 count as zero, the rule of numpy.linalg.matrix_rank, with eps of the stored dtype or of
     float32, whichever is smaller: at bfloat16's eps of 2^-7 every value of a matrix wider than 128 would count as zero.
     """
+    if weight.ndim == 3:
+        parts = tuple(spectrum(matrix, f"{name}[{i}]") for i, matrix in enumerate(weight))
+        return Spectrum(torch.stack([part.values for part in parts]), max(part.floor for part in parts), parts)
     _require_usable(weight, name)
     with _one_thread(weight):
         values = torch.linalg.svdvals(weight.detach().double()).cpu()

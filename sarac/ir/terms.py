@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import linear
+from torch.nn.functional import conv1d, conv2d, conv3d, embedding, linear
 
 
 def leaf(function: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -25,38 +25,50 @@ def leaf(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return call
 
 
-@leaf
-def project(x: Tensor, v: Tensor) -> Tensor:
-    """V x, shape (…, k), from x (…, in) and V (k, in); in float32 where it would run in float16."""
-    if _running_dtype(x) == torch.float16:
-        with _without_autocast(x):
-            return linear(x.float(), v.float())
-    return linear(x, v)
+# How a linear operation takes its input to its output: a tuple of plain values, so that it can stand in a graph.
+#   ()                                                           y = x W^T, also over a stack of matrices
+#   ("left",)                                                    y = W x
+#   ("embedding",)                                               y = W^T, its rows looked up by x
+#   ("conv", kernel, stride, padding, dilation, groups)          y = conv(x, W)
+#   ("einsum", x, w, y)                                          y = einsum("x,w->y", x, W)
+How = tuple[Any, ...]
+LINEAR: How = ()
+EMBEDDING: How = ("embedding",)
 
 
 @leaf
-def add(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
-    """y + U h in y's dtype, from y (…, out), h (…, k) and U (out, k)."""
+def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
+    """V x, shape (…, k), from x (…, in) and V (k, in) or (parts, k, in); in float32 where it would run in float16."""
+    floats = x if x.is_floating_point() else v
+    if _running_dtype(floats) == torch.float16:
+        with _without_autocast(floats):
+            return _projected(x.float() if floats is x else x, v.float(), how)
+    return _projected(x, v, how)
+
+
+@leaf
+def add(y: Tensor, h: Tensor, u: Tensor, how: How = LINEAR) -> Tensor:
+    """y + U h in y's dtype, from y (…, out), h (…, k) and U (out, k) or (parts, out, k)."""
     if y.dtype == torch.float16:
         with _without_autocast(y):
-            return y + linear(h.float(), u.float()).to(y.dtype)
-    return y + linear(h.to(u.dtype), u).to(y.dtype)
+            return y + _expanded(h.float(), u.float(), y, how).to(y.dtype)
+    return y + _expanded(h.to(u.dtype), u, y, how).to(y.dtype)
 
 
 @leaf
 def score(h: Tensor, router: Tensor) -> Tensor:
-    """R h in the router's dtype, shape (…, sets), from h (…, k) and R (sets, k)."""
+    """R h in the router's dtype, shape (…, sets), from h (…, k) and R (sets, k) or (parts, sets, k)."""
     with _without_autocast(h):
-        return linear(h.to(router.dtype), router)
+        return _projected(h.to(router.dtype), router, LINEAR)
 
 
 @leaf
 def mix(h: Tensor, gates: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """h ⊙ Σ_i g_i δ_i ⊙ s, shape (…, k), from h (…, k), gates (…, sets), δ (sets, k) and s (k,)."""
+    """h ⊙ Σ_i g_i δ_i ⊙ s, shape (…, k), from h (…, k), gates (…, sets), δ (sets, k) and s (k,), or a stack of both."""
     for observer in _observers:
         observer(shift, gates)
     with _without_autocast(h):
-        return h * ((gates.to(shift.dtype) @ shift) * scale)
+        return h * ((gates.to(shift.dtype) @ shift) * (scale if scale.ndim == 1 else scale.unsqueeze(-2)))
 
 
 @contextmanager
@@ -70,6 +82,66 @@ def observing(observer: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
 
 
 _observers: list[Callable[[Tensor, Tensor], None]] = []
+
+
+def _projected(x: Tensor, v: Tensor, how: How) -> Tensor:
+    match how:
+        case ("left",):
+            return (v @ x).mT
+        case ("embedding",):
+            return embedding(x, v.mT)
+        case ("conv", kernel, stride, padding, dilation, groups):
+            filters = v.reshape(v.shape[0], -1, *kernel)
+            filters = filters.repeat(groups, *(1 for _ in filters.shape[1:])) if groups > 1 else filters
+            h = _CONVOLUTIONS[len(kernel)](x, filters, None, stride, padding, dilation, groups)
+            h = h.movedim(-1 - len(kernel), -1)
+            return h.reshape(*h.shape[:-1], groups, -1) if groups > 1 else h
+        case ("einsum", left, right, result):
+            stack, inner, _, rest = _roles(left, right, result)
+            sizes = _sizes(left, x)
+            factor = v.reshape(*(sizes[letter] for letter in stack), -1, *(sizes[letter] for letter in inner))
+            h = torch.einsum(f"{left},{stack}{_RANK}{inner}->{stack}{rest}{_RANK}", x, factor)
+            return h.flatten(0, len(stack) - 1).flatten(1, -2) if stack else h
+    return linear(x, v) if v.ndim == 2 else x @ v.mT
+
+
+def _expanded(h: Tensor, u: Tensor, y: Tensor, how: How) -> Tensor:
+    match how:
+        case ("left",):
+            return u @ h.mT
+        case ("conv", kernel, _, _, _, groups):
+            if groups > 1:
+                grouped = u.reshape(groups, -1, u.shape[-1])
+                return torch.einsum("...gk,gok->...go", h, grouped).flatten(-2).movedim(-1, -1 - len(kernel))
+            return linear(h, u).movedim(-1, -1 - len(kernel))
+        case ("einsum", left, right, result):
+            stack, _, out, rest = _roles(left, right, result)
+            sizes = _sizes(result, y)
+            factor = u.reshape(*(sizes[letter] for letter in stack + out), -1)
+            if stack:
+                h = h.reshape(*(sizes[letter] for letter in stack + rest), -1)
+            return torch.einsum(f"{stack}{rest}{_RANK},{stack}{out}{_RANK}->{result}", h, factor)
+    return linear(h, u) if u.ndim == 2 else h @ u.mT
+
+
+def _roles(left: str, right: str, result: str) -> tuple[str, str, str, str]:
+    """The letters of an einsum by what they are: those of the stack, of in, of out, and the rest of x."""
+    stack = "".join(letter for letter in right if letter in left and letter in result)
+    inner = "".join(letter for letter in right if letter in left and letter not in result)
+    out = "".join(letter for letter in right if letter not in left)
+    rest = "".join(letter for letter in left if letter not in right and (letter in result or letter == "."))
+    return stack, inner, out, rest
+
+
+def _sizes(letters: str, tensor: Tensor) -> dict[str, int]:
+    """The size of each letter of an einsum's operand; those behind an ellipsis count from the end."""
+    before, _, after = letters.partition("...")
+    sizes = {letter: tensor.shape[i] for i, letter in enumerate(before)}
+    return sizes | {letter: tensor.shape[i - len(after)] for i, letter in enumerate(after)}
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: conv1d, 2: conv2d, 3: conv3d}
+_RANK = "Z"  # a letter that the matcher accepts in no equation
 
 
 def _running_dtype(x: Tensor) -> torch.dtype:

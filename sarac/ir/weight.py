@@ -1,5 +1,6 @@
 """The effective weight: what an adapted module's weight attribute gives, and the slot that says what adapts it."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import NotFoldable, WeightError
+from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
 
+PRODUCTS = "_sara_products"  # the attribute in which a module keeps its effective weights while its forward runs
 # The path of an attribute from its module, and the value that a forward was specialised to.
 Guard = tuple[tuple[str, ...], Any]
 
@@ -21,7 +24,12 @@ class Slot:
     site: str
     param: str
     adapter: Adapter
-    transposed: bool
+    layout: Layout = MATRIX
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is one matrix, stored as (in, out)."""
+        return self.layout == TRANSPOSED
 
     def attribute(self, role: str) -> str:
         """The module attribute of the adapter's tensor with this role: `sara_u`, or `NAME_sara_u` beside `NAME`."""
@@ -29,8 +37,7 @@ class Slot:
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The adapter's tensors by role."""
-        out, inner = oriented(module._parameters[self.param], self.transposed).shape
-        found = {role: module._parameters.get(self.attribute(role)) for role in self.adapter.shapes(out, inner)}
+        found = {role: module._parameters.get(self.attribute(role)) for role in self.adapter.shapes(1, 1)}
         missing = [role for role, tensor in found.items() if tensor is None]
         if missing:
             raise WeightError(f"{self.site} has lost its adapter's {', '.join(missing)}: transform the model again.")
@@ -51,24 +58,21 @@ def base_attribute(param: str) -> str:
     return f"{param}_base"
 
 
-def oriented(weight: Any, transposed: bool) -> Any:
-    """A stored weight as (out, in), or an (out, in) matrix as it is stored."""
-    return weight.T if transposed else weight
-
-
 def effective(module: nn.Module, param: str) -> Tensor:
     """W + U diag(λ) V in the base's dtype and layout, differentiable; NotFoldable where the adapter is routed."""
     slot = module.__dict__["_sara"].slots[param]
     base = module._parameters[param]
     assert base is not None
     try:
-        delta = slot.adapter.delta(slot.tensors(module))
+        # autocast would take the product in half precision and round the base with it
+        with torch.autocast(base.device.type, enabled=False) if torch.is_autocast_enabled(base.device.type) else nullcontext():
+            delta = slot.adapter.delta(slot.tensors(module))
     except NotFoldable as error:
         raise NotFoldable(
             f"{slot.site}: {error} Call the layer itself instead of reading its weight; to merge it, export the routed "
             'subgraph (merge=False), or fold with routing="mean" over calibration inputs.'
         ) from None
-    total: Tensor = base.to(delta.dtype) + oriented(delta, slot.transposed).to(base.device)
+    total: Tensor = dense(base).to(delta.dtype) + slot.layout.stored(delta, base.shape).to(base.device)
     return total.to(base.dtype)
 
 
@@ -90,8 +94,10 @@ class EffectiveWeight(Tensor):
         return handle
 
     def product(self) -> Tensor:
-        """The effective weight as a plain tensor."""
-        value = effective(self._module, self._param)
+        """The effective weight as a plain tensor; it is computed once in a forward, however often that reads it."""
+        kept = self._module.__dict__.get(PRODUCTS, {})
+        key = (self._param, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        value = kept[key] = kept.get(key) if key in kept else effective(self._module, self._param)
         return value if self.requires_grad else value.detach()
 
     @classmethod

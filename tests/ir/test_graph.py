@@ -9,6 +9,7 @@ from zoo import Shared, Twice, llama, mlp
 
 from sarac.ir.errors import TraceError
 from sarac.ir.graph import META, fact, owners
+from sarac.ir.layout import TRANSPOSED
 from sarac.ir.pipeline import run
 from sarac.ir.spectrum import spectrum
 from sarac.passes.analyze import Analyze
@@ -42,7 +43,7 @@ def test_weight_is_out_by_in_whatever_its_layout() -> None:
     model = nn.Linear(6, 5)
     graph = trace(model)
     assert torch.equal(graph.weight(graph.site("weight")), model.weight)
-    flipped = replace(graph.site("weight"), transposed=True)
+    flipped = replace(graph.site("weight"), layout=TRANSPOSED)
     assert torch.equal(graph.weight(flipped), model.weight.T)
     assert not graph.weight(flipped).requires_grad
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarac.ir.adapters import MoSara, Sara, trainable_count
+from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import PlanError
+from sarac.ir.methods import trainable_count
 from sarac.ir.plan import Plan, Rule
 from sarac.ir.spectrum import Spectrum, spectrum
 

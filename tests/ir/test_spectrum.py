@@ -147,7 +147,7 @@ def test_threshold_outside_its_range_is_refused(share: float) -> None:
         (torch.tensor([[1.0, -math.inf]]), "Inf"),
         (torch.tensor([[math.inf, math.nan]]), "NaN"),
         (torch.zeros(2, 2, device="meta"), "meta"),
-        (torch.zeros(2, 2, 2), r"\(2, 2, 2\)"),
+        (torch.zeros(2, 2, 2, 2), r"\(2, 2, 2, 2\)"),
         (torch.zeros(0, 2), r"\(0, 2\)"),
     ],
 )
