@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sarac.ir.errors import CheckpointError
 
 Pair = tuple[Tensor, Tensor]  # B (out, r) and A (r, in)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_[AB])(\.[^.]+)?\.weight")
+_SIDE = r"lora_(?P<side>[AB])(\.[^.]+)?\.weight|lora_embedding_(?P<table>[AB])(\.[^.]+)?"
+_KEY = re.compile(rf"(base_model\.model\.)?(?P<module>.+)\.({_SIDE})")
 _DEFAULT_ALPHA = 8
 # Options of a LoRA that change what it computes, with the values at which they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -32,13 +33,16 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def write(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:
-    """Write a folder that PEFT opens, aside first."""
+def write(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair], layers: Mapping[str, nn.Module]) -> None:
+    """Write a folder that PEFT opens, aside first; B (out, r) and A (r, in) in the shapes and by the names of their layers."""
     tensors = {}
     for path, pair in pairs.items():
-        for side, matrix in zip("BA", pair, strict=True):
+        table = isinstance(layers[path], nn.Embedding)
+        window = tuple(getattr(layers[path], "kernel_size", ()))
+        for side, matrix, sizes in zip("BA", pair, ((1,) * len(window), window), strict=True):
+            name = f"{_PREFIX}{path}.lora_embedding_{side}" if table else f"{_PREFIX}{path}.lora_{side}.weight"
             copied = matrix.to("cpu", copy=True)  # modules that share a weight share its factors, and files no memory
-            tensors[f"{_PREFIX}{path}.lora_{side}.weight"] = copied.contiguous()
+            tensors[name] = copied.reshape(matrix.shape[0], -1, *sizes).contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
@@ -65,7 +69,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Pair]:
-    """B, with the scale in it, and A of every module of a folder."""
+    """B (out, r), with the scale in it, and A (r, in) of every module of a folder, a kernel's inner sizes in one."""
     config = config_of(folder)
     for option, plain in _PLAIN.items():
         if config.get(option) is not None and config[option] not in plain:
@@ -81,18 +85,21 @@ def read(folder: Path) -> dict[str, Pair]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _tensors(folder).items():
         match = _KEY.fullmatch(name)
-        if match is None or tensor.ndim != 2:
-            raise CheckpointError(f"{folder} holds {name}, which is no LoRA of a linear layer: merge it in PEFT instead.")
+        if match is None or tensor.ndim < 2:
+            raise CheckpointError(f"{folder} holds {name}, which is no LoRA of a layer's weight: merge it in PEFT instead.")
         module = match["module"].removeprefix("_orig_mod.")  # saved from a compiled model
-        if match["part"] in tensors.setdefault(module, {}):
-            raise CheckpointError(f"{folder} holds {match['part']} of {module} twice, for two adapters: save them one by one.")
-        tensors[module][match["part"]] = tensor
+        side = match["side"] or match["table"]
+        if side in tensors.setdefault(module, {}):
+            raise CheckpointError(f"{folder} holds lora_{side} of {module} twice, for two adapters: save them one by one.")
+        tensors[module][side] = tensor.flatten(1)
     pairs = {}
     for module, parts in tensors.items():
-        if set(parts) != {"lora_A", "lora_B"} or parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
-            raise CheckpointError(f"{folder} has no lora_A and lora_B of one rank for {module}: it is damaged.")
-        a = parts["lora_A"].to(torch.promote_types(parts["lora_A"].dtype, torch.float32))
-        pairs[module] = (parts["lora_B"].to(a) * _scaling(config, module, a.shape[0]), a)
+        if set(parts) != {"A", "B"} or parts["A"].shape[0] != parts["B"].shape[1]:
+            raise CheckpointError(
+                f"{folder} has no lora_A and lora_B of one rank for {module}: it is damaged, or of a convolution in groups."
+            )
+        a = parts["A"].to(torch.promote_types(parts["A"].dtype, torch.float32))
+        pairs[module] = (parts["B"].to(a) * _scaling(config, module, a.shape[0]), a)
     return pairs
 
 

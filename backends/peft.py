@@ -17,9 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sarac.backends import lora
 from sarac.backends.lora import Pair
+from sarac.ir import check
 from sarac.ir.adapters import Adapter, MoSara, Sara
 from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError
 from sarac.ir.layers import adapted
+from sarac.ir.layout import TRANSPOSED, Layout, kernel
 from sarac.ir.pipeline import adopt
 from sarac.ir.plan import Plan
 from sarac.ir.record import record_of, require_whole
@@ -32,13 +34,17 @@ LAYOUTS = ("padded", "pattern")
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of module that PEFT adapts, and whether it stores its weight as (in, out)."""
+    """Modules that PEFT adapts, and whether the matrix B A lies transposed in their weight."""
 
-    module: type[nn.Module]
-    transposed: bool
+    modules: tuple[type[nn.Module], ...]
+    transposed: bool = False
+
+    def layout(self, dims: int) -> Layout:
+        """How B A lies in a weight of so many dimensions."""
+        return TRANSPOSED if self.transposed else kernel(dims)
 
 
-_KINDS = (_Kind(nn.Linear, False), _Kind(Conv1D, True))
+_KINDS = (_Kind((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)), _Kind((Conv1D, nn.Embedding), transposed=True))
 # PEFT swaps the child, and these read its weight themselves: in eval mode they would compute the base, in silence.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # The classes for which PEFT has a model of its own that adds no trained module (a classifier's would have to be in the folder).
@@ -95,7 +101,8 @@ def save(model: nn.Module, folder: str | Path, *, layout: str = "padded", max_ra
         "inference_mode": True,
     }
     padded = {path: (_padded(b, 1, rank), _padded(a, 0, rank)) for path, (b, a) in pairs.items()}
-    lora.write(Path(folder), config, padded if layout == "padded" else pairs)
+    layers = {path: model.get_submodule(path) for path in pairs}
+    lora.write(Path(folder), config, padded if layout == "padded" else pairs, layers)
     return Written(rank, errors)
 
 
@@ -115,13 +122,8 @@ def lost(model: nn.Module, folder: str | Path) -> dict[str, float]:
     """By site how far a folder's LoRA is from the live adapters of `model`: ‖Δ - Δ_folder‖ / ‖Δ‖ (as it is for Δ = 0)."""
     found = lora.read(Path(folder))
     losses = {}
-    for path, slot, ours in _loras(model):
-        b, a = ours[0].cpu(), ours[1].cpu()
-        theirs = found.get(path, (b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])))
-        whole, apart = _norm((b, a)), 0.0
-        if not all(torch.equal(mine, read) for mine, read in zip((b, a), _trimmed(*theirs), strict=True)):
-            apart = _norm((torch.cat([b, -theirs[0].to(b)], 1), torch.cat([a, theirs[1].to(a)])))
-        losses[slot.site] = apart / whole if whole else apart
+    for path, slot, (b, a) in _loras(model):
+        losses[slot.site] = _apart((b.cpu(), a.cpu()), found.get(path, (b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1]))))
     return losses
 
 
@@ -157,11 +159,13 @@ def _kind(model: nn.Module, places: list[str], module: nn.Module, slot: Slot) ->
             f"{slot.site} is routed: its change depends on the input, and a LoRA's does not. Export the routed subgraph, or "
             'fold with routing="mean".'
         )
-    kind = next((kind for kind in _KINDS if isinstance(module, kind.module)), None)
+    kind = next((kind for kind in _KINDS if isinstance(module, kind.modules)), None)
     parent = model.get_submodule(places[0].rpartition(".")[0])
     reason = ""
     if slot.param != "weight" or kind is None:
-        reason = "is not the weight of an nn.Linear or Conv1D, which is what a LoRA folder is written for"
+        reason = "is not the weight of a linear layer, a convolution or an embedding, which are what PEFT adapts"
+    elif _odd(module):
+        reason = f"convolves with {_odd(module)}, which PEFT's LoRA of it leaves out"
     elif isinstance(parent, _READERS):
         reason = f"is read by the {type(parent).__name__} around it, past the LoRA that PEFT would put there"
     elif places == [""]:
@@ -176,6 +180,13 @@ def _kind(model: nn.Module, places: list[str], module: nn.Module, slot: Slot) ->
     return kind
 
 
+def _odd(module: nn.Module) -> str:
+    """What of a convolution the LoRA that PEFT puts beside it does not have."""
+    plain = {"groups": (1,), "padding_mode": ("zeros",), "dilation": ((1,), (1, 1), (1, 1, 1))}
+    values = {name: getattr(module, name, plain[name][0]) for name in plain}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value not in plain[name])
+
+
 def _pair(module: nn.Module, slot: Slot, kind: _Kind) -> Pair:
     tensors = {role: tensor.detach() for role, tensor in slot.tensors(module).items()}
     shift = tensors["shift"].mean(0) if isinstance(slot.adapter, MoSara) else tensors["shift"]
@@ -183,7 +194,7 @@ def _pair(module: nn.Module, slot: Slot, kind: _Kind) -> Pair:
     b, a = tensors["u"].to(wide) * (shift * tensors["scale"]).to(wide), tensors["v"].to(wide)
     if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
         raise RewriteError(f"The adapter of {slot.site} contains NaN or Inf: go back to values before that step of training.")
-    return (b, a) if slot.transposed == kind.transposed else (a.T, b.T)
+    return (b, a) if slot.layout == kind.layout(getattr(module, slot.param).ndim) else (a.T, b.T)
 
 
 def _truncated(b: Tensor, a: Tensor, most: int | None) -> tuple[Pair, float]:
@@ -213,6 +224,15 @@ def _norm(pair: Pair) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0.0).sqrt())
 
 
+def _apart(one: Pair, two: Pair) -> float:
+    """How far B A of the second lies from that of the first, as a share of its norm (as it is where that is 0)."""
+    (b, a), (other_b, other_a) = (_trimmed(*one), _trimmed(*two))
+    if torch.equal(b, other_b) and torch.equal(a, other_a):
+        return 0.0
+    whole, apart = _norm((b, a)), _norm((torch.cat([b, -other_b.to(b)], 1), torch.cat([a, other_a.to(a)])))
+    return apart / whole if whole else apart
+
+
 def _targets(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str] | str:
     """The adapted modules by name: PEFT takes a name for the end of one too, so where that hits others it is a pattern."""
     others = (path for path, _ in model.named_modules() if path not in pairs)
@@ -236,10 +256,17 @@ def _sited(model: nn.Module, pairs: Mapping[str, Pair], where: str) -> dict[str,
     for name, parameter in named.items():
         names.setdefault(id(parameter), []).append(name)
     found: dict[str, Pair] = {}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    odd = next((path for path in pairs if path in layers and _odd(layers[path])), None)
+    if odd is not None:
+        what = _odd(layers[odd])
+        raise CheckpointError(f"{where} adapts {odd}, which convolves with {what}, and its LoRA does not: merge it in PEFT.")
+    # A lookup takes rows where a linear layer multiplies with them: a site lies as for the latter.
+    pairs = {path: (a.T, b.T) if isinstance(layers.get(path), nn.Embedding) else (b, a) for path, (b, a) in pairs.items()}
     for path, (b, a) in pairs.items():
         shared = names[id(named[f"{path}.weight"])] if f"{path}.weight" in named else [f"{path}.weight"]
         others = [pairs.get(name.removesuffix(".weight")) for name in shared]
-        if not all(other is not None and torch.equal(other[0] @ other[1], b @ a) for other in others):
+        if not all(other is not None and _apart((b, a), other) <= check.gate(torch.float32) for other in others):
             also = ", ".join(name for name in shared if name != f"{path}.weight")
             raise CheckpointError(
                 f"{where} adapts {path} alone, whose weight is also {also}: SARA adapts the weight itself, for all that use it. "

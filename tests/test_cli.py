@@ -376,7 +376,7 @@ def test_convert_takes_a_factorys_model_and_forces_only_when_asked(work: Path, t
 
 def test_convert_leaves_nothing_that_reads_back_otherwise(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = lora.write
-    damaged = lambda folder, config, pairs: written(folder, {**config, "lora_alpha": config["r"] * 1.01}, pairs)  # noqa: E731
+    damaged = lambda folder, config, *rest: written(folder, {**config, "lora_alpha": config["r"] * 1.01}, *rest)  # noqa: E731
     monkeypatch.setattr(lora, "write", damaged)
     assert "reads back 0.01 of its norm away" in refused(1, "convert", work / "sara.pt", tmp_path / "lora")
     monkeypatch.setattr(storage, "save", lambda model, path: sarac.save(shake(copy.deepcopy(model)), path))

@@ -141,6 +141,87 @@ def test_linear_and_conv1d_in_one_model_and_names_that_end_alike(layout: str, tm
         stock(model, tmp_path)
 
 
+class Pooled(nn.Module):
+    """A convolution with a linear layer behind it."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.last = conv, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.conv(x)).flatten(2).mean(2))
+
+
+class Words(nn.Module):
+    """An embedding with a linear layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.last = nn.Embedding(32, 8, padding_idx=3), nn.Linear(8, 4)
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.embed(token)))
+
+
+KINDS: dict[str, Any] = {
+    "conv1d": lambda: (Pooled(nn.Conv1d(3, 6, 3)), torch.randn(2, 3, 8)),
+    "conv2d": lambda: (Pooled(nn.Conv2d(3, 6, (3, 2), padding=1, stride=2)), torch.randn(2, 3, 8, 8)),
+    "same": lambda: (Pooled(nn.Conv2d(3, 6, 3, padding="same")), torch.randn(2, 3, 8, 8)),
+    "1x1": lambda: (Pooled(nn.Conv2d(3, 6, 1)), torch.randn(2, 3, 8, 8)),
+    "conv3d": lambda: (Pooled(nn.Conv3d(3, 6, (3, 2, 1))), torch.randn(2, 3, 8, 5, 4)),
+    "embedding": lambda: (Words(), ids()),
+    "tied": lambda: (TiedHead(8), ids()),
+}
+
+
+def sites(model: nn.Module) -> list[str]:
+    return list(sarac.trace(model).sites)
+
+
+@pytest.mark.parametrize("layout", ["padded", "pattern"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_and_embeddings_go_both_ways(kind: str, layout: str, tmp_path: Path) -> None:
+    model, x = KINDS[kind]()
+    plan = sarac.Plan({name: sarac.Sara(3 if "last" in name else 2) for name in sites(model)})
+    adapted = shake(sarac.transform(model, plan))
+    sarac.backends.peft.save(adapted, tmp_path, layout=layout)
+    same_model(tmp_path, model, adapted, x)
+    again = sarac.backends.peft.load(model, tmp_path)
+    close(outputs(again, x), outputs(adapted, x))
+    cut = sarac.backends.peft.save(adapted, tmp_path, layout=layout, max_rank=1)
+    assert lost(adapted, tmp_path) == pytest.approx(cut.errors, abs=1e-5)
+    assert min(cut.errors.values()) > 0.01
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tied"])
+def test_convolutions_and_embeddings_that_peft_wrote_are_read(kind: str, tmp_path: Path) -> None:
+    model, x = KINDS[kind]()
+    made = theirs(
+        model, r=2, lora_alpha=5, use_rslora=True, target_modules=[name.removesuffix(".weight") for name in sites(model)]
+    )
+    made.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = sarac.backends.peft.load(model, tmp_path)
+    close(outputs(ours, x), outputs(made, x))
+    differ(outputs(ours, x), outputs(model, x))
+
+
+def test_a_lora_beside_a_convolution_that_reflects_is_none_of_its_weight(tmp_path: Path) -> None:
+    model = Pooled(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"))
+    theirs(model, r=2, target_modules=["conv"]).save_pretrained(tmp_path)
+    with pytest.raises(sarac.CheckpointError, match="conv, which convolves with padding_mode=reflect"):
+        sarac.backends.peft.load(model, tmp_path)
+
+
+def test_a_head_that_peft_tied_to_its_embedding_is_read(tmp_path: Path) -> None:
+    model, token = llama(), ids()
+    chosen = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    made = theirs(model, r=2, lora_alpha=7, **chosen)
+    made.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = sarac.backends.peft.load(model, tmp_path)
+    close(outputs(ours, token).logits, outputs(made, token).logits)
+    differ(outputs(ours, token).logits, outputs(model, token).logits)
+
+
 @pytest.mark.parametrize("layout", ["padded", "pattern"])
 def test_a_weight_of_two_modules_goes_to_both_and_back(layout: str, tmp_path: Path) -> None:
     model, x = Shared(6), torch.randn(3, 6)
@@ -426,10 +507,16 @@ def encoder() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "where", "said"),
     [
-        (Own, None, r"w in a Own is not the weight of an nn\.Linear or Conv1D"),
+        (Own, None, r"w in a Own is not the weight of a linear layer, a convolution or an embedding"),
+        (
+            lambda: Pooled(nn.Conv1d(3, 6, 3, dilation=2)),
+            None,
+            r"convolves with dilation=\(2,\), which PEFT's LoRA of it leaves out",
+        ),
+        (lambda: Pooled(nn.Conv2d(3, 6, 3, groups=3)), None, "convolves with groups=3"),
+        (lambda: Pooled(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")), None, "convolves with padding_mode=reflect"),
         (Twin, None, r"a\.weight in a Linear belongs to a module that stands at a and b"),
         (lambda: nn.Linear(4, 4), None, "weight in a Linear belongs to a model that is that layer itself"),
-        (lambda: TiedHead(8), "embed.weight", r"embed\.weight in a Embedding is not the weight"),
         (encoder, "*linear1*", r"linear1\.weight in a Linear is read by the TransformerEncoderLayer around it"),
         (encoder, "*out_proj*", "is read by the MultiheadAttention around it"),
     ],
@@ -496,7 +583,7 @@ def test_foreign_folders_get_a_sentence(change: dict[str, object], said: str, tm
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens alone, whose weight is also lm_head\.weight"),
         ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias=True"),
         ({"target_modules": ["lm_head"]}, r"adapts lm_head alone, whose weight is also model\.embed_tokens\.weight"),
     ],
