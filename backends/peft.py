@@ -4,148 +4,273 @@ SARA is a LoRA with B = U diag(λ) and A = V. Ranks that differ by site are padd
 lora_alpha == r and no patterns: that is right under the scale rules of PEFT, vLLM, llama.cpp and TGI alike.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
+from sarac.backends import lora
+from sarac.backends.lora import Pair
+from sarac.ir import check
 from sarac.ir.adapters import Adapter, MoSara, Sara
 from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError
 from sarac.ir.layers import adapted
+from sarac.ir.layout import TRANSPOSED, Layout, kernel
 from sarac.ir.pipeline import adopt
 from sarac.ir.plan import Plan
-from sarac.ir.record import record_of
+from sarac.ir.record import record_of, require_whole
 from sarac.ir.spectrum import product_factors
 from sarac.ir.weight import Slot
 
 Model = TypeVar("Model", bound=nn.Module)
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-# Options of a LoRA that change what it computes, with the values at which they do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "lora_bias": (False, None),
+LAYOUTS = ("padded", "pattern")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Modules that PEFT adapts, and whether the matrix B A lies transposed in their weight."""
+
+    modules: tuple[type[nn.Module], ...]
+    transposed: bool = False
+
+    def layout(self, dims: int) -> Layout:
+        """How B A lies in a weight of so many dimensions."""
+        return TRANSPOSED if self.transposed else kernel(dims)
+
+
+_KINDS = (_Kind((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)), _Kind((Conv1D, nn.Embedding), transposed=True))
+# PEFT swaps the child, and these read its weight themselves: in eval mode they would compute the base, in silence.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# The classes for which PEFT has a model of its own that adds no trained module (a classifier's would have to be in the folder).
+_TASKS: dict[str, Mapping[str, Any]] = {
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
 }
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of `model` as a PEFT LoRA folder; a routed adapter is a NotFoldable.
+@dataclass(frozen=True)
+class Written:
+    """What was written: the rank r, and by site ‖Δ - Δ_r‖ / ‖Δ‖, what `max_rank` cut off the change (0 where nothing)."""
 
-    A weight that is not the `weight` of an nn.Linear or Conv1D, or parameters trained whole, are a RewriteError.
+    rank: int
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The site that lost the largest share of its change, and that share."""
+        name = max(self.errors, key=lambda site: self.errors[site])
+        return name, self.errors[name]
+
+
+def save(model: nn.Module, folder: str | Path, *, layout: str = "padded", max_rank: int | None = None) -> Written:
+    """Write the live adapters of `model` as a PEFT LoRA folder; a routed adapter is a NotFoldable.
+
+    `layout`: padded (one rank for all, read rightly everywhere) or pattern (each site's own rank, smaller, for PEFT itself).
+    `max_rank` cuts larger adapters to their best approximation. What PEFT would compute otherwise is a RewriteError.
     """
-    tensors: dict[str, Tensor] = {}
-    slots = [(path, module, slot) for path, module, state in adapted(model) for slot in state.slots.values()]
-    if not slots:
-        raise RewriteError(f"{type(model).__name__} carries no adapters: there is no LoRA to write. Transform it first.")
-    record = record_of(model)
-    if record is not None and record.plan.also_train:
-        raise RewriteError(
-            f"{record.plan.also_train[0]} was trained whole, which a LoRA folder does not hold. Write the adapter with "
-            "sarac.save_adapter, or the merged model with sarac.fold."
-        )
-    rank = max(slot.adapter.rank for _, _, slot in slots)
-    for path, module, slot in slots:
-        b, a = _lora(path, module, slot)
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = _padded(a, 0, rank)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = _padded(b, 1, rank)
+    if layout not in LAYOUTS:
+        raise RewriteError(f"layout={layout!r} is unknown: it is {' or '.join(LAYOUTS)}.")
+    if max_rank is not None and max_rank < 1:
+        raise RewriteError(f"max_rank={max_rank} leaves nothing of an adapter: it is at least 1.")
+    pairs: dict[str, Pair] = {}
+    errors: dict[str, float] = {}
+    for path, slot, pair in _loras(model):
+        pairs[path], errors[slot.site] = _truncated(*pair, max_rank)
+    ranks = {path: a.shape[0] for path, (_, a) in pairs.items()}
+    rank = max(ranks.values())
+    own = {f"^{re.escape(path)}$": r for path, r in ranks.items() if r != rank} if layout == "pattern" else {}
     config = {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "task_type": _task(model),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "r": rank,
         "lora_alpha": rank,
+        "rank_pattern": own,
+        "alpha_pattern": own,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(slot.transposed for _, _, slot in slots),
-        "target_modules": sorted(path for path, _, _ in slots),
+        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in pairs),
+        "target_modules": _targets(model, pairs),
         "inference_mode": True,
     }
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+    padded = {path: (_padded(b, 1, rank), _padded(a, 0, rank)) for path, (b, a) in pairs.items()}
+    layers = {path: model.get_submodule(path) for path in pairs}
+    lora.write(Path(folder), config, padded if layout == "padded" else pairs, layers)
+    return Written(rank, errors)
 
 
 def load(model: Model, folder: str | Path) -> Model:
     """A copy of `model` with a PEFT LoRA as SARA factors (QR and a small SVD: nothing is lost but zero directions)."""
-    config, tensors = _read(Path(folder))
     sites: dict[str, Adapter] = {}
     given: dict[str, dict[str, Tensor]] = {}
-    for module, sides in tensors.items():
-        if set(sides) != {"A", "B"}:
-            raise CheckpointError(f"{folder} has only one of lora_A and lora_B for {module}: it is damaged.")
-        u, s, v = product_factors(sides["B"] * _scaling(config, module, sides["A"].shape[0]), sides["A"])
-        sites[f"{module}.weight"] = Sara(s.numel(), train="factors", basis="random")
-        small = s.to(torch.promote_types(sides["A"].dtype, torch.float32))
-        given[f"{module}.weight"] = {"u": u, "v": v, "scale": torch.ones_like(small), "shift": small}
+    for site, (b, a) in _sited(model, lora.read(Path(folder)), str(folder)).items():
+        u, s, v = product_factors(b, a)
+        sites[site] = Sara(s.numel(), train="factors", basis="random")
+        shift = s.to(a.dtype)
+        given[site] = {"u": u, "v": v, "scale": torch.ones_like(shift), "shift": shift}
     return adopt(model, Plan(sites, f"peft:{Path(folder).name}"), given)  # type: ignore[return-value]  # the same class
 
 
-def _lora(path: str, module: nn.Module, slot: Slot) -> tuple[Tensor, Tensor]:
-    """B (out, k) and A (k, in) of one slot."""
+def lost(model: nn.Module, folder: str | Path) -> dict[str, float]:
+    """By site how far a folder's LoRA is from the live adapters of `model`: ‖Δ - Δ_folder‖ / ‖Δ‖ (as it is for Δ = 0)."""
+    found = lora.read(Path(folder))
+    losses = {}
+    for path, slot, (b, a) in _loras(model):
+        losses[slot.site] = _apart((b.cpu(), a.cpu()), found.get(path, (b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1]))))
+    return losses
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The name or path of the base model that a PEFT folder was made for; None where it names none."""
+    return lora.config_of(Path(folder)).get("base_model_name_or_path")
+
+
+def _loras(model: nn.Module) -> Iterator[tuple[str, Slot, Pair]]:
+    """The path, slot, and B and A of every adapted module."""
+    require_whole(model, "save")
+    record = record_of(model)
+    if record is None:
+        raise RewriteError(f"{type(model).__name__} carries no adapters: there is no LoRA to write. Transform it first.")
+    if record.plan.also_train:
+        raise RewriteError(
+            f"{record.plan.also_train[0]} was trained whole, which a LoRA folder does not hold. Write the adapter with "
+            "sarac.save_adapter, or the merged model with sarac.fold."
+        )
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    slots = [(path, module, slot) for path, module, state in adapted(model) for slot in state.slots.values()]
+    kinds = [_kind(model, places[module], module, slot) for _, module, slot in slots]  # all, before the first is worked on
+    for (path, module, slot), kind in zip(slots, kinds, strict=True):
+        yield path, slot, _pair(module, slot, kind)
+
+
+def _kind(model: nn.Module, places: list[str], module: nn.Module, slot: Slot) -> _Kind:
+    """The kind of an adapted module; what PEFT would not compute as the model does is refused."""
     if not slot.adapter.foldable:
         raise NotFoldable(
             f"{slot.site} is routed: its change depends on the input, and a LoRA's does not. Export the routed subgraph, or "
             'fold with routing="mean".'
         )
-    if slot.param != "weight" or not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+    kind = next((kind for kind in _KINDS if isinstance(module, kind.modules)), None)
+    parent = model.get_submodule(places[0].rpartition(".")[0])
+    reason = ""
+    if slot.param != "weight" or kind is None:
+        reason = "is not the weight of a linear layer, a convolution or an embedding, which are what PEFT adapts"
+    elif _odd(module):
+        reason = f"convolves with {_odd(module)}, which PEFT's LoRA of it leaves out"
+    elif isinstance(parent, _READERS):
+        reason = f"is read by the {type(parent).__name__} around it, past the LoRA that PEFT would put there"
+    elif places == [""]:
+        reason = "belongs to a model that is that layer itself, and PEFT adapts layers inside of a model"
+    elif len(places) > 1:
+        reason = f"belongs to a module that stands at {' and '.join(places)}, of which PEFT would adapt the first alone"
+    if kind is None or reason:
         raise RewriteError(
-            f"{slot.site} belongs to a {type(module).__name__}, and PEFT's LoRA adapts the weight of nn.Linear and Conv1D alone. "
-            "Transform the model with a `where` that leaves it out, or save with sarac.save_adapter."
+            f"{slot.site} in a {type(module).__name__} {reason}. Transform the model with a `where` that leaves it out, write "
+            "the adapter with sarac.save_adapter, or the merged model with sarac.fold."
         )
+    return kind
+
+
+def _odd(module: nn.Module) -> str:
+    """What of a convolution the LoRA that PEFT puts beside it does not have."""
+    plain = {"groups": (1,), "padding_mode": ("zeros",), "dilation": ((1,), (1, 1), (1, 1, 1))}
+    values = {name: getattr(module, name, plain[name][0]) for name in plain}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value not in plain[name])
+
+
+def _pair(module: nn.Module, slot: Slot, kind: _Kind) -> Pair:
     tensors = {role: tensor.detach() for role, tensor in slot.tensors(module).items()}
     shift = tensors["shift"].mean(0) if isinstance(slot.adapter, MoSara) else tensors["shift"]
     wide = torch.promote_types(tensors["u"].dtype, torch.float32)
-    return tensors["u"].to(wide) * (shift * tensors["scale"]).to(wide), tensors["v"].to(wide)
+    b, a = tensors["u"].to(wide) * (shift * tensors["scale"]).to(wide), tensors["v"].to(wide)
+    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise RewriteError(f"The adapter of {slot.site} contains NaN or Inf: go back to values before that step of training.")
+    return (b, a) if slot.layout == kind.layout(getattr(module, slot.param).ndim) else (a.T, b.T)
+
+
+def _truncated(b: Tensor, a: Tensor, most: int | None) -> tuple[Pair, float]:
+    """B and A of at most that rank, nearest in the Frobenius norm, and the share of the norm that is lost."""
+    if most is None or a.shape[0] <= most:
+        return (b, a), 0.0
+    u, s, v = product_factors(b, a)
+    error = float(s[most:].norm() / s.norm()) if float(s.norm()) else 0.0
+    return ((u[:, :most] * s[:most]).to(b.dtype), v[:most].to(a.dtype)), error
 
 
 def _padded(matrix: Tensor, dim: int, rank: int) -> Tensor:
     missing = [*matrix.shape]
     missing[dim] = rank - matrix.shape[dim]
-    return torch.cat([matrix, matrix.new_zeros(missing)], dim).cpu().contiguous()
+    return torch.cat([matrix, matrix.new_zeros(missing)], dim)
 
 
-def _read(folder: Path) -> tuple[Mapping[str, Any], dict[str, dict[str, Tensor]]]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        found = load_file(folder / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no readable PEFT folder ({error}): it needs {CONFIG} and {WEIGHTS}.") from error
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} holds a {config.get('peft_type')} adapter; only a LORA amounts to SARA factors.")
-    for option, plain in _PLAIN.items():
-        if config.get(option) not in plain and option in config:
+def _trimmed(b: Tensor, a: Tensor) -> Pair:
+    """B and A without the zeros that fill them up."""
+    used = b.any(0) | a.any(1)
+    return b[:, used], a[used]
+
+
+def _norm(pair: Pair) -> float:
+    """‖B A‖ in the Frobenius norm, from matrices of the rank's size: the product itself would take minutes for a large model."""
+    b, a = (matrix.double() for matrix in pair)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0.0).sqrt())
+
+
+def _apart(one: Pair, two: Pair) -> float:
+    """How far B A of the second lies from that of the first, as a share of its norm (as it is where that is 0)."""
+    (b, a), (other_b, other_a) = (_trimmed(*one), _trimmed(*two))
+    if torch.equal(b, other_b) and torch.equal(a, other_a):
+        return 0.0
+    whole, apart = _norm((b, a)), _norm((torch.cat([b, -other_b.to(b)], 1), torch.cat([a, other_a.to(a)])))
+    return apart / whole if whole else apart
+
+
+def _targets(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str] | str:
+    """The adapted modules by name: PEFT takes a name for the end of one too, so where that hits others it is a pattern."""
+    others = (path for path, _ in model.named_modules() if path not in pairs)
+    if any(path.endswith(f".{name}") for path in others for name in pairs):
+        return "|".join(re.escape(path) for path in sorted(pairs))
+    return sorted(pairs)
+
+
+def _task(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    for task, known in _TASKS.items():
+        if any(name in ([classes] if isinstance(classes, str) else classes) for classes in known.values()):
+            return task
+    return None
+
+
+def _sited(model: nn.Module, pairs: Mapping[str, Pair], where: str) -> dict[str, Pair]:
+    """B and A by site. A weight of several names has one adapter, so all its modules must have the same LoRA."""
+    names: dict[int, list[str]] = {}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named.items():
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, Pair] = {}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    odd = next((path for path in pairs if path in layers and _odd(layers[path])), None)
+    if odd is not None:
+        what = _odd(layers[odd])
+        raise CheckpointError(f"{where} adapts {odd}, which convolves with {what}, and its LoRA does not: merge it in PEFT.")
+    # A lookup takes rows where a linear layer multiplies with them: a site lies as for the latter.
+    pairs = {path: (a.T, b.T) if isinstance(layers.get(path), nn.Embedding) else (b, a) for path, (b, a) in pairs.items()}
+    for path, (b, a) in pairs.items():
+        shared = names[id(named[f"{path}.weight"])] if f"{path}.weight" in named else [f"{path}.weight"]
+        others = [pairs.get(name.removesuffix(".weight")) for name in shared]
+        if not all(other is not None and _apart((b, a), other) <= check.gate(torch.float32) for other in others):
+            also = ", ".join(name for name in shared if name != f"{path}.weight")
             raise CheckpointError(
-                f"{folder} has {option}={config[option]!r}, which SARA factors do not express: merge it in PEFT."
+                f"{where} adapts {path} alone, whose weight is also {also}: SARA adapts the weight itself, for all that use it. "
+                "Merge it in PEFT, or untie the weights before loading."
             )
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in found.items():
-        match = _KEY.fullmatch(name)
-        if match is None or tensor.ndim != 2:
-            raise CheckpointError(f"{folder} holds {name}, which is no LoRA of a linear layer: merge it in PEFT instead.")
-        tensors.setdefault(match["module"], {})[match["side"]] = tensor
-    return config, tensors
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of one module (alpha / √r with rank-stabilised scaling), with PEFT's patterns."""
-    alpha = next(
-        (value for key, value in (config.get("alpha_pattern") or {}).items() if _matches(key, module)), config["lora_alpha"]
-    )
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        found[shared[0]] = (b, a)
+    return found

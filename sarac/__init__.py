@@ -21,6 +21,7 @@ from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
+from sarac.shelf import adapters, use
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
 from sarac.trace import trace
@@ -45,6 +46,7 @@ __all__ = [
     "TraceError",
     "WeightError",
     "__version__",
+    "adapters",
     "analyze",
     "disabled",
     "export",
@@ -57,5 +59,6 @@ __all__ = [
     "save_adapter",
     "trace",
     "transform",
+    "use",
     "verify",
 ]

@@ -29,6 +29,13 @@ _TOKENIZER = "The tokenizer's folder, where MODEL or its recipe names none."
 _DATA = "JSONL: rows with text, or with prompt and completion, of which the completion alone is learnt."
 _EVAL = "JSONL on which the loss is measured before and after."
 _LR = "Default: what sarac.recommended_lr gives for the adapters."
+_SOURCE = "A model.pt, a PEFT folder, or an adapter file of sarac.save_adapter's (.safetensors)."
+_TARGET = "Its name says the form: .pt a whole model, .safetensors the adapters alone, else a new PEFT folder."
+_BASE = "The model under a PEFT folder or an adapter file. Default: the folder that a PEFT folder names, if it is here."
+_LAYOUT = "padded: one rank, which every server reads rightly; pattern: each weight's own, smaller. Default: padded."
+_MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that loses is told."
+_ADAPTER = "Which of the adapters in a model.pt. Default: the one that was live."
+_FORCE = "Load an adapter file onto another base than it was trained on."
 _OPSET = "The ONNX operator set to write."
 
 
@@ -74,6 +81,13 @@ Epochs = Annotated[float | None, typer.Option(min=0.001, help="How many times th
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a row that are kept, at most what the model takes.")]
 Rate = Annotated[float | None, typer.Option(min=0.0, help=_LR)]
+ConvertSource = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE)]
+ConvertTarget = Annotated[Path, typer.Argument(metavar="TARGET", help=_TARGET)]
+Base = Annotated[str | None, typer.Option(metavar="MODEL", help=_BASE)]
+Layout = Annotated[Literal["padded", "pattern"] | None, typer.Option(help=_LAYOUT)]
+MaxRank = Annotated[int | None, typer.Option(min=1, help=_MAX_RANK)]
+Adapter = Annotated[str | None, typer.Option(metavar="NAME", help=_ADAPTER)]
+Force = Annotated[bool, typer.Option("--force", help=_FORCE)]
 
 
 def opened(source: str, args: str | None, factory: str | None, trust_pickle: bool) -> nn.Module:

@@ -7,7 +7,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ Adapters = dict[str, dict[str, Tensor]]
 class Saved:
     """What a model.pt holds: recipe, plan, input spec and flags as JSON, base tensors by name, adapters by site and role.
 
-    `buffers` are those that no state dict has: rebuilt, they would lack what a cast of the model did to them.
+    `buffers` are those that no state dict has: rebuilt, they would lack what a cast of the model did to them. `shelf` has the
+    adapters that are not live.
     """
 
     recipe: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Saved:
     base: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     adapters: Adapters
+    shelf: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def write_model(path: str | Path, saved: Saved) -> None:
         "base": dict(saved.base),
         "buffers": dict(saved.buffers),
         "adapters": saved.adapters,
+        "shelf": dict(saved.shelf),
     }
     written(path, lambda aside: torch.save(content, aside))
 
@@ -85,6 +88,7 @@ def read_model(path: str | Path) -> Saved:
             base=content["base"],
             buffers=content["buffers"],
             adapters=content["adapters"],
+            shelf=content.get("shelf", {}),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} is a model.pt without its entry {error}: it is damaged; write it again.") from error

@@ -6,22 +6,18 @@ a rule, a glob or a plan that does not fit the model is too.
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import transformers
 import typer
 from rich.table import Table
 from torch import nn
 
 from sarac import arguments as take
+from sarac import commands, storage, surgery, text
 from sarac import doctor as diagnosis
-from sarac import emit, storage, surgery, text
 from sarac.checkpoint import tensors_of, written
-from sarac.ir.errors import CheckpointError
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
 from sarac.report import Analysis
@@ -147,84 +143,10 @@ def finetune(
     show(as_json, json.dumps(facts), outcome.table(), _sentence(facts))
 
 
-@app.command(epilog="Example: sarac fold model.pt --out merged/")
-def fold(
-    model: take.Source,
-    out: take.FoldOut,
-    routing: take.Routing = None,
-    calibration: take.Calibration = None,
-    tokenizer: take.Tokenizer = None,
-    args: take.Args = None,
-    factory: take.Factory = None,
-    trust_pickle: take.Trust = False,
-    as_json: take.Json = False,
-) -> None:
-    """Write a model's adapters into its weights. What comes out is a plain model of the same class and names."""
-    into_file = out.suffix in (".pt", ".pth")
-    take.require_place(out) if into_file else take.require_new(out)
-    opened = take.opened(model, args, factory, trust_pickle)
-    if not into_file and not isinstance(opened, transformers.PreTrainedModel):
-        raise typer.BadParameter(f"a {type(opened).__name__} goes into a file: name one, merged.pt.", param_hint="--out")
-    merged, report = _folded(opened, routing, calibration, tokenizer)
-    if into_file or not isinstance(merged, transformers.PreTrainedModel):
-        storage.save(merged, out)
-    else:
-        _write_folder(merged, out, tokenizer)
-    site, lost = report.worst
-    facts = {"out": str(out), "sites": len(report.sites), "surviving_delta": {"worst_site": site, "lost": lost}}
-    sentence = f"{out}: {len(report.sites)} weights folded; rounding lost at most {lost:.1e} of a delta, at {site}."
-    show(as_json, json.dumps({**facts, "approximation": report.approximation}), sentence)
-
-
-@app.command(epilog="Example: sarac export --merge model.pt out.onnx")
-def export(
-    model: take.Source,
-    onnx: take.OnnxFile,
-    merge: take.Merge = None,
-    opset: take.Opset = 20,
-    specs: take.Specs = None,
-    provider: take.Provider = "cpu",
-    routing: take.Routing = None,
-    calibration: take.Calibration = None,
-    tokenizer: take.Tokenizer = None,
-    args: take.Args = None,
-    factory: take.Factory = None,
-    trust_pickle: take.Trust = False,
-    as_json: take.Json = False,
-) -> None:
-    """Write a model as ONNX, checked against torch. By default what can be merged is, and the rest stays routed."""
-    take.require_place(onnx)
-    if routing is not None and merge is False:
-        raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
-    spec = take.spec_of(specs)
-    opened = take.opened(model, args, factory, trust_pickle)
-    approximation = 0.0
-    if routing is not None:
-        opened, report = _folded(opened, routing, calibration, tokenizer)
-        merge, approximation = None, report.approximation
-    with busy("Exporting"):
-        written_file = emit.export(opened, onnx, spec, merge=merge, opset=opset, provider=provider)
-    document = {**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation}
-    show(as_json, json.dumps(document), written_file.table(), _verdict(written_file, "written and verified"))
-
-
-@app.command(epilog="Example: sarac verify model.pt out.onnx")
-def verify(
-    model: take.Source,
-    onnx: take.OnnxFile,
-    specs: take.Specs = None,
-    provider: take.Provider = "cpu",
-    args: take.Args = None,
-    factory: take.Factory = None,
-    trust_pickle: take.Trust = False,
-    as_json: take.Json = False,
-) -> None:
-    """Hold an ONNX file against its model again, at unseen shapes."""
-    spec = take.spec_of(specs)
-    opened = take.opened(model, args, factory, trust_pickle)
-    with busy("Verifying"):
-        report = emit.verify(opened, onnx, spec, provider=provider)
-    show(as_json, report.to_json(), report.table(), _verdict(report, "verified"))
+app.command(epilog="Example: sarac fold model.pt --out merged/")(commands.fold)
+app.command(epilog="Example: sarac export --merge model.pt out.onnx")(commands.export)
+app.command(epilog="Example: sarac verify model.pt out.onnx")(commands.verify)
+app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
 
 
 @app.command(epilog="Example: sarac doctor --json")
@@ -233,32 +155,6 @@ def doctor(as_json: take.Json = False) -> None:
     found = diagnosis.diagnose()
     faults = [f"{fault}: {remedy}" for fault, remedy in found.faults]
     show(as_json, found.to_json(), found.table(), *(faults or [found.verdict]))
-
-
-def _folded(
-    model: nn.Module, routing: str | None, calibration: Path | None, tokenizer: str | None
-) -> tuple[nn.Module, surgery.FoldReport]:
-    if (routing is None) != (calibration is None):
-        raise typer.BadParameter("--routing mean and --calibration FILE go together.", param_hint="--calibration")
-    calls = None
-    if calibration is not None:
-        calls = text.read_inputs(calibration, model, cache(lambda: text.tokenizer_of(model, tokenizer)))
-    with busy("Folding"):
-        return surgery.fold(model, routing=routing, calibration=calls, report=True)
-
-
-def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: str | None) -> None:
-    """save_pretrained with the tokenizer beside it; aside first, so that the folder is there whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
-            made = Path(aside) / folder.name
-            model.save_pretrained(made)
-            text.copy_tokenizer(model, made, tokenizer)
-            if folder.exists():
-                folder.rmdir()
-            made.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 def _left_out(analysis: Analysis, by_site: bool) -> Iterator[str | Table]:
@@ -291,7 +187,3 @@ def _sentence(facts: dict[str, Any]) -> str:
         f"{facts['out']}: adapters on {facts['sites']} weights; {facts['trainable']:,} numbers train, {share:.2%} of "
         f"{facts['parameters']:,}; recommended rate {facts['recommended_lr']:g}."
     )
-
-
-def _verdict(report: emit.ExportReport, what: str) -> str:
-    return f"{report.path}: {what}; largest error {report.error:.2e} of the outputs' spread, {report.max_error:.2e} absolute."

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sarac import shelf
 from sarac.checkpoint import (
     Adapters,
     Saved,
@@ -35,7 +36,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
-from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole
+from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole, shelf_of
 from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 from sarac.recipe import open_model, rebuild, recipe_of
@@ -45,7 +46,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
-    """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact."""
+    """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact.
+
+    Adapters that wait by name (`sarac.use`) are written too.
+    """
     require_whole(model, "save")
     record = record_of(model) or Record(Plan({}))
     inputs = inputs_of(model)
@@ -56,7 +60,8 @@ def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> N
     weights = adapted_weights(model)
     plan = replace(record.plan, base=base_hashes(weights)["float32"] if weights else "")
     flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    saved = Saved(recipe_of(model), plan, inputs, flags, base_state(model), loose_buffers(model), tensors_of(model))
+    tensors = (base_state(model), loose_buffers(model), tensors_of(model))
+    saved = Saved(recipe_of(model), plan, inputs, flags, *tensors, shelf.packed(model))
     write_model(path, saved)
 
 
@@ -79,11 +84,13 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle
         parameter.requires_grad_(saved.flags.get(name, parameter.requires_grad))
     if not saved.plan.sites:
         return plain.eval()
-    return _with_adapters(plain, saved.plan, saved.adapters).eval()
+    result = _with_adapters(plain, saved.plan, saved.adapters).eval()
+    shelf.unpack(result, saved.shelf, str(path))
+    return result
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -> None:
-    """Write the adapters alone: what trains, and the hashes of the base they belong to.
+def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False, name: str | None = None) -> None:
+    """Write the live adapter, or the one of that name, alone: what trains, and the hashes of the base it belongs to.
 
     With `factors` U and V are stored as well, so that the adapter also fits its base cast to another precision.
     """
@@ -93,33 +100,39 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -
         raise RewriteError(f"{type(model).__name__} carries no adapters: there is none to save. Transform it first.")
     hashes = base_hashes(adapted_weights(model))
     adapters: Adapters = {}
-    for site, roles in tensors_of(model).items():
+    tensors, further = shelf.values(model, name)
+    for site, roles in tensors.items():
         trains = record.plan.sites[site].trainable
         adapters[site] = {role: t for role, t in roles.items() if factors or role in trains or role not in ("u", "v")}
-    parameters = dict(model.named_parameters())
-    further = {name: parameters[name].detach() for name in record.plan.also_train}
     write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
 
 
-def load_adapter(model: Model, path: str | Path, *, force: bool = False) -> Model:
+def load_adapter(model: Model, path: str | Path, *, force: bool = False, name: str | None = None) -> Model:
     """A copy of `model` with the adapters of a file; the model must be the base that they were trained on.
 
     A base that was only cast to another precision needs stored factors. `force` goes ahead on any other base of the same shapes.
+    A model with adapters of the same plan takes them in place and is returned: as those of `name`, beside the others, which
+    sarac.use brings back; without a name in place of the live ones.
     """
     saved = read_adapter(path)
-    graph = trace(model)
     if any(True for _ in adapted(model)):
-        raise RewriteError("The model already carries adapters: load onto the base model, or onto sarac.fold(model).")
+        shelf.require_same_plan(model, saved.plan, str(path))
+        _require_base(str(path), saved, adapted_weights(model), force)
+        shelf.put(model, name, saved.adapters, saved.also_trained, str(path))
+        return model
+    graph = trace(model)
     saved.plan.require_fits({site.name: site.full_shape for site in graph.sites.values()})
     weights = {name: graph.weight(graph.sites[name]) for name in saved.plan.sites}
     _require_base(str(path), saved, weights, force)
     result = _with_adapters(model, saved.plan, saved.adapters, graph=graph)
     parameters = dict(result.named_parameters())
-    for name, tensor in saved.also_trained.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            there = tuple(parameters[name].shape) if name in parameters else "none"
-            raise CheckpointError(f"{path} does not fit: it trained {name} as {tuple(tensor.shape)}, and here is {there}.")
-        parameters[name].data.copy_(tensor)
+    for whole, tensor in saved.also_trained.items():
+        if whole not in parameters or parameters[whole].shape != tensor.shape:
+            there = tuple(parameters[whole].shape) if whole in parameters else "none"
+            raise CheckpointError(f"{path} does not fit: it trained {whole} as {tuple(tensor.shape)}, and here is {there}.")
+        parameters[whole].data.copy_(tensor)
+    if name is not None:
+        shelf_of(result).active = name
     return result
 
 

@@ -157,6 +157,8 @@ def mean_gates(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model for a while: every adapter of `model` is switched off, and back to what it was at the end."""
     states = [state for _, _, state in adapted(model)]
+    if not states:
+        raise RewriteError(f"{type(model).__name__} carries no adapters to switch off: transform it first (sarac.transform).")
     before = [state.enabled for state in states]
     try:
         for state in states:

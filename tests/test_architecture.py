@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "passes.fold": "ir.*",
     "backends.runtime": "ir.*",
     "backends.onnx": "ir.* backends.runtime",
-    "backends.peft": "ir.*",
+    "backends.lora": "ir.*",
+    "backends.peft": "ir.* backends.lora",
     "capture": "ir.*",
     "source": "",
     "known": "ir.* source",
@@ -54,14 +55,17 @@ MAY_IMPORT = {
     "checkpoint": "ir.*",
     "report": "ir.*",
     "surgery": "ir.* passes.* trace report",
-    "storage": "ir.* passes.* trace recipe checkpoint",
+    "shelf": "ir.* checkpoint",
+    "storage": "ir.* passes.* trace recipe checkpoint shelf",
     "emit": "ir.* passes.* backends.* trace checkpoint surgery",
     "text": "ir.*",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
     "arguments": "ir.* recipe storage",
-    "cli": "ir.* passes.* trace checkpoint report surgery storage emit text finetune doctor terminal arguments",
+    "convert": "ir.* backends.* checkpoint shelf storage",
+    "commands": "ir.* backends.* surgery shelf storage emit text terminal arguments convert",
+    "cli": "ir.* passes.* trace checkpoint report surgery storage text finetune doctor terminal arguments commands",
 }
 THE_FACE = "sarac"  # its __init__ may import every row, and no row may import it
 PACKAGES = {"sarac": "sarac", "sarac.passes": "passes", "sarac.backends": "backends"}
@@ -82,7 +86,7 @@ NO_ROOMS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
-    "analyze transform fold export save load save_adapter load_adapter disabled recommended_lr trace run "
+    "analyze transform fold export save load save_adapter load_adapter use adapters disabled recommended_lr trace run "
     "Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable CheckFailed "
     "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Site verify __version__".split()
 )

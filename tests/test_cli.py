@@ -1,5 +1,6 @@
 """The command line: every command on a tiny Llama folder and on a factory's model, and every sentence for wrong input."""
 
+import copy
 import io
 import json
 import shlex
@@ -21,12 +22,14 @@ from typer.testing import CliRunner
 from zoo import bert, close, differ, ids, llama, mlp, outputs, same, shake, trainables
 
 import sarac
-from sarac import doctor, terminal
+from sarac import doctor, storage, terminal
+from sarac.backends import lora
 from sarac.cli import app
 from sarac.ir.plan import Plan
 from sarac.ir.record import record_of
+from sarac.recipe import open_model
 
-COMMANDS = "analyze transform finetune fold export verify doctor".split()
+COMMANDS = "analyze transform finetune fold export verify convert doctor".split()
 FACTORIES = """
 import torch
 from torch import nn
@@ -76,7 +79,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     lines = [json.dumps({"text": " ".join((letters + letters)[start : start + 10])}) for start in range(26)]
     (folder / "data.jsonl").write_text("\n".join(lines))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
-    sarac.save(shake(sarac.transform(model)), folder / "sara.pt")
+    adapted = shake(sarac.transform(model))
+    sarac.save(adapted, folder / "sara.pt")
+    sarac.save_adapter(adapted, folder / "sara.safetensors")
+    sarac.backends.peft.save(adapted, folder / "lora")
     sarac.save(shake(sarac.transform(model, method="mosara")), folder / "mosara.pt")
     torch.save(mlp(6, 4), folder / "pickled.pt")
     torch.save({"weight": torch.ones(2)}, folder / "foreign.pt")
@@ -309,6 +315,77 @@ def test_a_pickle_opens_for_those_who_trust_it(work: Path) -> None:
     assert told("analyze", work / "pickled.pt", "--trust-pickle")["sites"][0]["shape"] == [4, 6]
 
 
+@pytest.mark.parametrize("source", ["sara.pt", "sara.safetensors", "lora"])
+@pytest.mark.parametrize("target", ["out.pt", "out.safetensors", "out"])
+def test_convert_keeps_the_model_from_every_form_to_every_other(source: str, target: str, work: Path, tmp_path: Path) -> None:
+    base, token = transformers.AutoModelForCausalLM.from_pretrained(work / "llama"), ids()
+    under = ("--base", work / "llama") if source.endswith("safetensors") else ()  # a PEFT folder names its base itself
+    facts = told("convert", work / source, tmp_path / target, *under)
+    assert (facts["form"], facts["sites"]) == ({"out.pt": "model", "out": "peft"}.get(target, "adapter"), 14)
+    reads = {"model": lambda: sarac.load(tmp_path / target), "adapter": lambda: sarac.load_adapter(base, tmp_path / target)}
+    found = reads.get(facts["form"], lambda: sarac.backends.peft.load(base, tmp_path / target))()
+    close(outputs(found, token).logits, outputs(sarac.load(work / "sara.pt"), token).logits)
+    differ(outputs(found, token).logits, outputs(base, token).logits)
+    assert [path.name for path in tmp_path.iterdir()] == [target]
+
+
+def test_convert_tells_the_layout_the_rank_and_what_it_cut_off(work: Path, tmp_path: Path) -> None:
+    whole = told("convert", work / "sara.pt", tmp_path / "a", "--layout", "pattern")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["rank_pattern"]
+    assert config["r"] == whole["rank"] > 3
+    assert set(whole["truncation"].values()) == {0.0}
+    cut = told("convert", work / "sara.pt", tmp_path / "b", "--max-rank", 3)
+    assert cut["rank"] == 3
+    assert max(cut["truncation"].values()) > 0.01
+    assert "cut off at most" in run("convert", work / "lora", tmp_path / "c", "--max-rank", 3).stdout
+    assert "cut off" not in run("convert", work / "sara.pt", tmp_path / "d").stdout
+
+
+def test_convert_takes_any_of_several_adapters_and_says_which(work: Path, tmp_path: Path) -> None:
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(work / "llama")
+    model, token = sarac.load_adapter(base, work / "sara.safetensors", name="first"), ids()
+    sarac.save_adapter(shake(sarac.transform(base)), tmp_path / "second.safetensors")
+    sarac.load_adapter(model, tmp_path / "second.safetensors", name="second")
+    sarac.save(model, tmp_path / "both.pt")
+    assert "of 'second' alone, not first, with" in run("convert", tmp_path / "both.pt", tmp_path / "live").stdout
+    assert told("convert", tmp_path / "both.pt", tmp_path / "other", "--adapter", "first")["adapters"] == ["first", "second"]
+    assert "alone" not in run("convert", tmp_path / "both.pt", tmp_path / "again.pt").stdout
+    assert sarac.adapters(sarac.load(tmp_path / "again.pt")) == ("second", "first")
+    live, other = (outputs(sarac.backends.peft.load(base, tmp_path / name), token).logits for name in ("live", "other"))
+    close(live, outputs(model, token).logits)
+    close(other, outputs(sarac.load(work / "sara.pt"), token).logits)
+    differ(live, other)
+    assert "Near names: first" in refused(1, "convert", tmp_path / "both.pt", tmp_path / "x", "--adapter", "fist")
+
+
+def test_convert_takes_a_factorys_model_and_forces_only_when_asked(work: Path, tmp_path: Path) -> None:
+    adapted = shake(sarac.transform(open_model("climodels:net", {"width": 12})))
+    sarac.save_adapter(adapted, tmp_path / "a.safetensors")
+    base = ("--base", "climodels:net", "--args", '{"width": 12}')
+    run("convert", tmp_path / "a.safetensors", tmp_path / "lora", *base)
+    assert "name the model under them" in refused(2, "convert", tmp_path / "lora", tmp_path / "net.pt")
+    run("convert", tmp_path / "lora", tmp_path / "net.pt", *base)
+    x = torch.randn(3, 6)
+    close(outputs(sarac.load(tmp_path / "net.pt", "climodels:net"), x), outputs(adapted, x))
+    other = ("--base", "climodels:net", "--args", '{"width": 12, "fill": 0.5}')
+    assert "--force" in refused(1, "convert", tmp_path / "a.safetensors", tmp_path / "other", *other)
+    assert not (tmp_path / "other").exists()
+    assert "by force" in run("convert", tmp_path / "a.safetensors", tmp_path / "other", "--force", *other).stderr
+
+
+def test_convert_leaves_nothing_that_reads_back_otherwise(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = lora.write
+    damaged = lambda folder, config, *rest: written(folder, {**config, "lora_alpha": config["r"] * 1.01}, *rest)  # noqa: E731
+    monkeypatch.setattr(lora, "write", damaged)
+    assert "reads back 0.01 of its norm away" in refused(1, "convert", work / "sara.pt", tmp_path / "lora")
+    monkeypatch.setattr(storage, "save", lambda model, path: sarac.save(shake(copy.deepcopy(model)), path))
+    assert "must be bit-exact" in refused(1, "convert", work / "sara.pt", tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    run("convert", work / "sara.pt", tmp_path / "lora")
+
+
 # Wrong use and wrong data.
 
 WRONG = [
@@ -333,7 +410,23 @@ WRONG = [
     (2, "finetune WORK/llama --data WORK/data.jsonl --out OUT/x.pt --steps 0", "steps"),
     (2, "finetune WORK/llama --data WORK/data.jsonl --out OUT/x.pt --epochs 0", "epochs"),
     (2, "export WORK/sara.pt", "'ONNX'"),
+    (2, "convert WORK/sara.safetensors OUT/lora", "name the model under them"),
+    (2, "convert WORK/nobase OUT/lora", "names nobody/knows, which is no folder here"),
+    (2, "convert WORK/sara.pt OUT/lora --base WORK/llama", "--base: it goes with a PEFT folder or an adapter file"),
+    (2, "convert WORK/lora OUT/x.pt --force", "--force: it goes with an adapter file"),
+    (2, "convert WORK/lora OUT/x.pt --layout pattern", "--layout: it goes into a PEFT folder"),
+    (2, "convert WORK/lora OUT/x.safetensors --max-rank 4", "--max-rank: it goes into a PEFT folder"),
+    (2, "convert WORK/lora OUT/x --max-rank 0", "--max-rank"),
+    (2, "convert WORK/lora OUT/x --layout wide", "'padded', 'pattern'"),
+    (2, "convert WORK/lora OUT/x.pt --base WORK/bert", "does not have as a linear site"),
     (2, "nothing", "No such command"),
+    (1, "convert WORK/llama OUT/lora", "carries no adapters"),
+    (1, "convert WORK/mosara.pt OUT/lora", "is routed"),
+    (1, "convert WORK/sara.pt WORK", "no empty folder"),
+    (1, "convert WORK/sara.pt OUT/gone/lora", "cannot be written"),
+    (1, "convert WORK/sara.pt OUT/gone/x.pt", "cannot be written"),
+    (1, "convert WORK/lora OUT/x.pt --base WORK/sara.pt", "already transformed"),
+    (1, "convert OUT/gone.safetensors OUT/x.pt --base WORK/llama", "not a readable adapter file"),
     (1, "analyze climodels:nan", "0.weight contains NaN"),
     (1, "transform climodels:nan --out OUT/x.pt", "0.weight contains NaN"),
     (1, "transform climodels:meta --out OUT/x.pt", "meta device"),
@@ -367,6 +460,9 @@ def test_what_is_wrong_is_a_sentence_and_leaves_nothing(status: int, words: str,
     (work / "unknown.json").write_text(json.dumps(plan))
     (work / "high.json").write_text(json.dumps({**plan, "sites": {"0.weight": {"method": "sara", "rank": 99}}}))
     (work / "odd.jsonl").write_text('{"text": "a b"}\n{"txt": "a"}\n')
+    (work / "nobase").mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "nobody/knows"}
+    (work / "nobase" / "adapter_config.json").write_text(json.dumps(config))
     if "bert" in words:
         bert().save_pretrained(work / "bert")
     before = {path: path.stat().st_mtime_ns for path in work.iterdir()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sarac.ir.errors import RewriteError, SaracWarning
@@ -42,6 +42,37 @@ class Record:
 
     plan: Plan
     trained_before: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Frozen:
+    """What does not train of one or more adapters (U, s, V), by site and role; None while the live parameters hold it."""
+
+    tensors: dict[str, dict[str, Tensor]] | None = None
+
+
+@dataclass
+class Shelved:
+    """An adapter that is not live: what trains of it by site and role, parameters trained whole, and the rest of it."""
+
+    trained: dict[str, dict[str, Tensor]]
+    further: dict[str, Tensor]
+    frozen: Frozen
+
+
+@dataclass
+class Shelf:
+    """The adapters of a model by name: which one its parameters hold, and the others."""
+
+    active: str = "default"
+    live: Frozen = field(default_factory=Frozen)
+    others: dict[str, Shelved] = field(default_factory=dict)
+
+
+def shelf_of(model: nn.Module) -> Shelf:
+    """The shelf of an adapted model, made where it has none; copies of the model have it too, state dicts do not."""
+    shelf: Shelf = model.__dict__.setdefault("_sarac_shelf", Shelf())
+    return shelf
 
 
 def record_of(model: nn.Module) -> Record | None:
@@ -82,8 +113,9 @@ def attach(model: nn.Module, record: Record) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Forget the record and give every module its own `save_pretrained` back."""
+    """Forget the record and the shelf, and give every module its own `save_pretrained` back."""
     model.__dict__.pop("_sarac_record", None)
+    model.__dict__.pop("_sarac_shelf", None)
     for _, module in model.named_modules():
         found = module.__dict__.get("save_pretrained")
         if isinstance(found, types.MethodType) and found.__func__ is _save_pretrained:
@@ -104,6 +136,14 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
         names.setdefault(slot.site, f"{path}.{slot.param}" if path else slot.param)
     plan = record.plan if record else Plan({names[slot.site]: slot.adapter for _, slot in slots})
     plan.save(Path(save_directory) / FOLDER_FILE)
+    shelf = self.__dict__.get("_sarac_shelf", Shelf())
+    if shelf.others:
+        warnings.warn(
+            f"The folder holds the live adapter {shelf.active!r} alone, not {', '.join(shelf.others)}: sarac.save writes "
+            "all, and sarac.save_adapter(model, path, name=…) any one.",
+            SaracWarning,
+            stacklevel=2,
+        )
 
 
 _watching: list[Any] = []

@@ -1,0 +1,169 @@
+"""The commands that take an adapted model out: folded, exported and verified there, or in another form."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+import typer
+from torch import nn
+
+from sarac import arguments as take
+from sarac import convert as forms
+from sarac import emit, storage, surgery, text
+from sarac.backends import peft
+from sarac.ir.errors import CheckpointError
+from sarac.shelf import use
+from sarac.terminal import busy, show
+
+
+def fold(
+    model: take.Source,
+    out: take.FoldOut,
+    routing: take.Routing = None,
+    calibration: take.Calibration = None,
+    tokenizer: take.Tokenizer = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write a model's adapters into its weights. What comes out is a plain model of the same class and names."""
+    into_file = out.suffix in (".pt", ".pth")
+    take.require_place(out) if into_file else take.require_new(out)
+    opened = take.opened(model, args, factory, trust_pickle)
+    if not into_file and not isinstance(opened, transformers.PreTrainedModel):
+        raise typer.BadParameter(f"a {type(opened).__name__} goes into a file: name one, merged.pt.", param_hint="--out")
+    merged, report = _folded(opened, routing, calibration, tokenizer)
+    if into_file or not isinstance(merged, transformers.PreTrainedModel):
+        storage.save(merged, out)
+    else:
+        _write_folder(merged, out, tokenizer)
+    site, lost = report.worst
+    facts = {"out": str(out), "sites": len(report.sites), "surviving_delta": {"worst_site": site, "lost": lost}}
+    sentence = f"{out}: {len(report.sites)} weights folded; rounding lost at most {lost:.1e} of a delta, at {site}."
+    show(as_json, json.dumps({**facts, "approximation": report.approximation}), sentence)
+
+
+def export(
+    model: take.Source,
+    onnx: take.OnnxFile,
+    merge: take.Merge = None,
+    opset: take.Opset = 20,
+    specs: take.Specs = None,
+    provider: take.Provider = "cpu",
+    routing: take.Routing = None,
+    calibration: take.Calibration = None,
+    tokenizer: take.Tokenizer = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write a model as ONNX, checked against torch. By default what can be merged is, and the rest stays routed."""
+    take.require_place(onnx)
+    if routing is not None and merge is False:
+        raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
+    spec = take.spec_of(specs)
+    opened = take.opened(model, args, factory, trust_pickle)
+    approximation = 0.0
+    if routing is not None:
+        opened, report = _folded(opened, routing, calibration, tokenizer)
+        merge, approximation = None, report.approximation
+    with busy("Exporting"):
+        written_file = emit.export(opened, onnx, spec, merge=merge, opset=opset, provider=provider)
+    document = {**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation}
+    show(as_json, json.dumps(document), written_file.table(), _verdict(written_file, "written and verified"))
+
+
+def verify(
+    model: take.Source,
+    onnx: take.OnnxFile,
+    specs: take.Specs = None,
+    provider: take.Provider = "cpu",
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Hold an ONNX file against its model again, at unseen shapes."""
+    spec = take.spec_of(specs)
+    opened = take.opened(model, args, factory, trust_pickle)
+    with busy("Verifying"):
+        report = emit.verify(opened, onnx, spec, provider=provider)
+    show(as_json, report.to_json(), report.table(), _verdict(report, "verified"))
+
+
+def convert(
+    source: take.ConvertSource,
+    target: take.ConvertTarget,
+    base: take.Base = None,
+    layout: take.Layout = None,
+    max_rank: take.MaxRank = None,
+    force: take.Force = False,
+    adapter: take.Adapter = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Write adapters in another form. What is written is read back and compared, and nothing is left where it differs."""
+    form, to_be = forms.form_of(Path(source)), forms.form_to_be(target)
+    for given, fits, hint, goes in (
+        (base is not None, form != "model", "--base", "with a PEFT folder or an adapter file"),
+        (force, form == "adapter", "--force", "with an adapter file"),
+        (layout is not None, to_be == "peft", "--layout", "into a PEFT folder"),
+        (max_rank is not None, to_be == "peft", "--max-rank", "into a PEFT folder"),
+    ):
+        if given and not fits:
+            raise typer.BadParameter(f"it goes {goes}, which is not what {source} to {target} is.", param_hint=hint)
+    take.require_new(target) if to_be == "peft" else take.require_place(target)
+    model = take.opened(source if form == "model" else _base(source, form, base), args, factory, trust_pickle)
+    with busy("Converting"):
+        adapted = model if form == "model" else forms.adapt(model, Path(source), force)
+        if adapter is not None:
+            use(adapted, adapter)
+        done = forms.convert(adapted, target, layout=layout or "padded", max_rank=max_rank)
+    facts: dict[str, Any] = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank}
+    facts |= {"truncation": dict(done.errors), "adapters": done.names}
+    show(as_json, json.dumps(facts), done.sentence())
+
+
+def _base(source: str, form: str, base: str | None) -> str:
+    named = peft.base_of(source) if form == "peft" and base is None else base
+    if named is None or (base is None and not Path(named).is_dir()):
+        known = f" It names {named}, which is no folder here." if named else ""
+        raise typer.BadParameter(f"{source} holds adapters alone: name the model under them.{known}", param_hint="--base")
+    return named
+
+
+def _folded(
+    model: nn.Module, routing: str | None, calibration: Path | None, tokenizer: str | None
+) -> tuple[nn.Module, surgery.FoldReport]:
+    if (routing is None) != (calibration is None):
+        raise typer.BadParameter("--routing mean and --calibration FILE go together.", param_hint="--calibration")
+    calls = None
+    if calibration is not None:
+        calls = text.read_inputs(calibration, model, cache(lambda: text.tokenizer_of(model, tokenizer)))
+    with busy("Folding"):
+        return surgery.fold(model, routing=routing, calibration=calls, report=True)
+
+
+def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: str | None) -> None:
+    """save_pretrained with the tokenizer beside it; aside first, so that the folder is there whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:
+            made = Path(aside) / folder.name
+            model.save_pretrained(made)
+            text.copy_tokenizer(model, made, tokenizer)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _verdict(report: emit.ExportReport, what: str) -> str:
+    return f"{report.path}: {what}; largest error {report.error:.2e} of the outputs' spread, {report.max_error:.2e} absolute."
