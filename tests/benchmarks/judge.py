@@ -266,7 +266,7 @@ class Judged:
 def _nan(tensors: list[Tensor]) -> bool:
     """Whether there is a NaN, or nothing finite; -inf alone is what masks give."""
     floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    return any(bool(tensor.isnan().any()) for tensor in floats) or bool(floats) and not any(t.isfinite().any() for t in floats)
+    return any(bool(tensor.isnan().any()) for tensor in floats) or (bool(floats) and not any(t.isfinite().any() for t in floats))
 
 
 def _changed(one: list[Tensor], two: list[Tensor]) -> bool:
