@@ -17,9 +17,9 @@ from sarac.ir.layers import adapted
 
 # Chosen for their difference: encoders, decoders, encoder-decoders, experts, state spaces, vision, audio, several modalities.
 TYPES = """
-    bert albert deberta-v2 electra longformer big_bird xlnet mpnet gpt2 gptj llama gemma3_text gpt_neox bloom mpt t5 bart longt5
+    bert albert deberta-v2 electra longformer big_bird xlnet mpnet gpt2 gptj llama gemma3_text gpt_neox bloom t5 bart longt5
     mixtral qwen3_moe deepseek_v3 gpt_oss mamba mamba2 jamba rwkv vit swinv2 convnext segformer detr vitdet dinov2 hiera
-    wav2vec2 whisper clip llava qwen3_vl blip-2 clvp patchtst
+    wav2vec2 whisper clip llava qwen3_vl blip-2 patchtst
 """.split()
 TIMM = "convnext efficientnet mlp_mixer resnet swin_transformer vision_transformer".split()
 

@@ -14,7 +14,7 @@ _BOTH = ["sliding_attention", "full_attention"]
 _GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "layer_types": _BOTH}
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2, "input_size": 1}
 _EFFICIENT = {
-    "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 640, "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+    "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 320, "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
     "in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
 }  # fmt: skip
 _HIERA = {
@@ -63,6 +63,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "slanext_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
     "vitmatte": {"convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [32, 16, 8, 8]},
     "xmod": {"default_language": "en_XX"},
+    "diffusion_gemma_text": {**_GEMMA4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}},
+    "glm5_next_text": {"index_topk": 16},
     "align": {"projection_dim": 80},
     "d_fine": _HGNET_DETR,
     "deimv2": _HGNET_DETR,
@@ -76,7 +79,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dinov3_convnext": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
     "efficientnet": _EFFICIENT,
     "gemma4_text": _GEMMA4,
-    "glm5_next_text": {"index_topk": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "informer": {**_SERIES, "label_length": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
