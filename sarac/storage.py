@@ -32,10 +32,10 @@ from sarac.checkpoint import (
 from sarac.ir.errors import CheckpointError, RewriteError, SaracWarning
 from sarac.ir.graph import ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
-from sarac.ir.layers import adapted
+from sarac.ir.layers import adapted, in_shape
 from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
-from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole
+from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole, weight_files
 from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 from sarac.recipe import open_model, rebuild, recipe_of
@@ -176,7 +176,7 @@ def _load_folder(folder: Path, model: nn.Module | str | None) -> nn.Module:
     plain = rebuild({**recipe, "generation": _json(folder / "generation_config.json")}, model)
     state: dict[str, Tensor] = {}
     try:
-        for shard in sorted(folder.glob("model*.safetensors")):
+        for shard in weight_files(folder):
             state |= load_file(shard)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard} cannot be read: {error}. It may be truncated; write it again.") from error
@@ -199,7 +199,7 @@ def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder:
     for name, tensor in expected.items():
         if name not in state and tensor.data_ptr() in twins:  # save_pretrained drops the second name of a tied weight
             state[name] = state[twins[tensor.data_ptr()]]
-    fill(result, state, str(folder))
+    fill(result, {name: in_shape(tensor, expected[name].shape) for name, tensor in state.items()}, str(folder))
     return result.eval()
 
 

@@ -150,6 +150,7 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             "__delattr__": _deleter(base, params),
             "__deepcopy__": _deepcopy,
             "__copy__": _copy,
+            "_load_from_state_dict": _loader(base, params),
         }
         body |= {"__reduce_ex__": _reduce, "extra_repr": _repr(base)}
         for param in params:
@@ -196,6 +197,22 @@ def _deleter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
         base.__delattr__(self, name)
 
     return __delattr__
+
+
+def in_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A weight that save_pretrained laid flat, as it was; any other tensor as it is."""
+    return tensor.reshape(shape) if tensor.ndim == 1 and tensor.numel() == shape.numel() else tensor
+
+
+def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
+    def _load_from_state_dict(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for param in params:
+            own, given = self._parameters[param], state.get(prefix + param)
+            if own is not None and isinstance(given, Tensor):
+                state[prefix + param] = in_shape(given, own.shape)
+        base._load_from_state_dict(self, state, prefix, *args)
+
+    return _load_from_state_dict
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
