@@ -26,8 +26,10 @@ from sarac.checkpoint import (
     read_model,
     read_pickle,
     tensors_of,
+    whole,
     write_adapter,
     write_model,
+    writes,
 )
 from sarac.ir.errors import CheckpointError, RewriteError, SaracWarning
 from sarac.ir.graph import ModelGraph
@@ -45,7 +47,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
-    """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact."""
+    """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact.
+
+    Call it in every process of a sharded model: all gather, the first one writes.
+    """
     require_whole(model, "save")
     record = record_of(model) or Record(Plan({}))
     inputs = inputs_of(model)
@@ -57,7 +62,8 @@ def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> N
     plan = replace(record.plan, base=base_hashes(weights)["float32"] if weights else "")
     flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     saved = Saved(recipe_of(model), plan, inputs, flags, base_state(model), loose_buffers(model), tensors_of(model))
-    write_model(path, saved)
+    if writes(model):
+        write_model(path, saved)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle: bool = False) -> nn.Module:
@@ -86,6 +92,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -
     """Write the adapters alone: what trains, and the hashes of the base they belong to.
 
     With `factors` U and V are stored as well, so that the adapter also fits its base cast to another precision.
+    Call it in every process of a sharded model: all gather, the first one writes.
     """
     require_whole(model, "save")
     record = record_of(model)
@@ -97,8 +104,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False) -
         trains = record.plan.sites[site].trainable
         adapters[site] = {role: t for role, t in roles.items() if factors or role in trains or role not in ("u", "v")}
     parameters = dict(model.named_parameters())
-    further = {name: parameters[name].detach() for name in record.plan.also_train}
-    write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
+    further = {name: whole(parameters[name].detach()) for name in record.plan.also_train}
+    if writes(model):
+        write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
 
 
 def load_adapter(model: Model, path: str | Path, *, force: bool = False) -> Model:

@@ -148,6 +148,7 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             "__sara_base__": base,
             "__setattr__": _setter(base, params),
             "__delattr__": _deleter(base, params),
+            "register_parameter": _registrar(base, params),
             "__deepcopy__": _deepcopy,
             "__copy__": _copy,
             "_load_from_state_dict": _loader(base, params),
@@ -177,16 +178,32 @@ def _dispatch(base: Any, forward: Forward) -> Callable[..., Any]:
 
 def _setter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        # FSDP2 swaps sharded for whole parameters and back through this door: one of the two is a DTensor.
-        if name in params and not (isinstance(value, DTensor) or isinstance(self._parameters.get(name), DTensor)):
-            site = self.__dict__["_sara"].slots[name].site
-            raise WeightError(
-                f"{site} is adapted and cannot be assigned: its factors belong to the present base. Fold the model "
-                "first (sarac.fold), or change the source model and transform it again."
-            )
+        if isinstance(value, Tensor) and self.__dict__.get("_is_replica"):
+            self._parameters[name] = value  # type: ignore[assignment]  # DataParallel's copies are no leaves
+            return
+        if name in params:
+            _require_assignable(self, name, value)
         base.__setattr__(self, name, value)
 
     return __setattr__
+
+
+def _registrar(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
+    def register_parameter(self: nn.Module, name: str, param: Any) -> None:
+        if name in params:
+            _require_assignable(self, name, param)
+        base.register_parameter(self, name, param)
+
+    return register_parameter
+
+
+def _require_assignable(module: nn.Module, name: str, value: Any) -> None:
+    # FSDP2 swaps sharded for whole parameters and back through this door: one of the two is a DTensor.
+    if not (isinstance(value, DTensor) or isinstance(module._parameters.get(name), DTensor)):
+        raise WeightError(
+            f"{module.__dict__['_sara'].slots[name].site} is adapted and cannot be assigned: its factors belong to the present "
+            "base. Fold the model first (sarac.fold), or change the source model and transform it again."
+        )
 
 
 def _deleter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
