@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 from user import two_processes
-from user.two_processes import METHODS, adapted, batch, encoder, train
-from zoo import close, differ, llama, mlp, outputs, same, shake, trainables
+from user.methods import METHODS, adapted, base, batch
+from user.two_processes import encoder, train
+from zoo import close, differ, mlp, outputs, same, shake, trainables
 
 import sarac
 
@@ -96,8 +97,7 @@ def test_ddp_sends_no_factors_at_every_step(found: Any, method: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_adapter_file_holds_what_was_trained(found: Any, kind: str, method: str) -> None:
     one, _ = seen(found, f"{kind} {method}")
-    torch.manual_seed(0)
-    loaded = sarac.load_adapter(llama(), found[2] / f"{kind}-{method}.safetensors")
+    loaded = sarac.load_adapter(base(), found[2] / f"{kind}-{method}.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, one["state"][name]), name
     start = adapted(method)
@@ -127,10 +127,9 @@ def test_fsdp_shards_everything_the_factors_too(found: Any, method: str) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_sharded_model_is_disabled_for_a_while(found: Any, method: str) -> None:
     parts = seen(found, f"fsdp {method}")
-    torch.manual_seed(0)
-    base = outputs(llama(), batch()).logits
-    close(torch.cat([part["disabled"] for part in parts]), base)
-    differ(torch.cat([part["logits"][0] for part in parts]), base)
+    plain = outputs(base(), batch()).logits
+    close(torch.cat([part["disabled"] for part in parts]), plain)
+    differ(torch.cat([part["logits"][0] for part in parts]), plain)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,7 +137,7 @@ def test_sharded_model_is_disabled_for_a_while(found: Any, method: str) -> None:
 def test_sharded_model_is_written_whole(found: Any, method: str, form: str) -> None:
     one, _ = seen(found, f"fsdp {method}")
     loaded = sarac.load(found[2] / (f"fsdp-{method}.pt" if form == "model.pt" else f"fsdp-{method}"))
-    assert type(loaded) is type(llama())
+    assert type(loaded) is type(base())
     assert loaded.state_dict().keys() == one["state"].keys()
     assert all(torch.equal(tensor, one["state"][name]) for name, tensor in loaded.state_dict().items())
     merged = method != "mosara" and sarac.fold(loaded)
@@ -150,7 +149,7 @@ def test_sharded_model_is_written_whole(found: Any, method: str, form: str) -> N
 def test_fsdp_trains_float32_shifts_on_a_bfloat16_base(found: Any) -> None:
     one, two = seen(found, "half_base")
     logits = [torch.cat(parts) for parts in zip(one["logits"], two["logits"], strict=True)]
-    model = adapted("sara", torch.bfloat16)
+    model = adapted("sara", dtype=torch.bfloat16)
     assert {one["state"][name].dtype for name in trainables(model)} == {torch.float32}
     assert one["state"]["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     require_as_alone(logits, one["state"], model, torch.bfloat16)

@@ -11,22 +11,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from zoo import bert, differ, ids, llama, outputs, same, shake
+from user.methods import METHODS, adapted, batch
+from zoo import bert, differ, llama, outputs, same, shake
 
 import sarac
 from sarac.ir.record import FOLDER_MARK, weight_files
 
-METHODS: dict[str, dict[str, Any]] = {
-    "sara": {},
-    "factors": {"plan": "rank:3,train=factors"},
-    "mosara": {"method": "mosara"},
-}
 SIZES = {"one file": {}, "shards": {"max_shard_size": "8KB"}}
 
 
-@functools.cache  # the tests here read it only
-def trained(method: str = "sara", build: Callable[[], Any] = llama) -> Any:
-    return shake(sarac.transform(build(), **METHODS[method])).eval()
+trained = functools.cache(lambda method="sara": adapted(method).eval())  # the tests here read it only
 
 
 @functools.cache
@@ -61,7 +55,7 @@ WAYS: dict[str, Callable[[Path], Any]] = {
         transformers.LlamaForCausalLM.from_pretrained(
             f, config=plain_config(f), device_map={"": "disk"}, offload_folder=f.parent / "offload"
         ),
-        ids(),
+        batch(),
     ),
     "state dict": lambda f: transformers.LlamaForCausalLM.from_pretrained(
         None, config=plain_config(f), state_dict={k: v for file in weight_files(f) for k, v in load_file(file).items()}
@@ -101,13 +95,13 @@ def test_whoever_ignores_sizes_gets_no_base_either(folder: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_sarac_load_restores_it(tmp_path: Path, method: str, size: str) -> None:
-    model, batch = trained(method), ids()
+    model = trained(method)
     model.save_pretrained(tmp_path, **SIZES[size])
     assert (len(weight_files(tmp_path)) > 1) == (size == "shards")
     found = sarac.load(tmp_path)
-    same(outputs(found, batch), outputs(model, batch))
+    same(outputs(found, batch()), outputs(model, batch()))
     with sarac.disabled(model):
-        differ(outputs(found, batch).logits, outputs(model, batch).logits)
+        differ(outputs(found, batch()).logits, outputs(model, batch()).logits)
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
@@ -122,7 +116,7 @@ def test_weights_lie_flat_in_the_file_alone(tmp_path: Path) -> None:
     other.model.layers[0].mlp.up_proj.weight_base.data.mul_(2)
     assert not torch.equal(other.model.layers[0].mlp.up_proj.weight_base, own["model.layers.0.mlp.up_proj.weight"])
     other.load_state_dict(stored, strict=False)
-    same(outputs(other, batch := ids()), outputs(model, batch))
+    same(outputs(other, batch()), outputs(model, batch()))
 
 
 def test_square_weight_of_one_number_still_is_refused(tmp_path: Path) -> None:
@@ -138,10 +132,10 @@ def test_square_weight_of_one_number_still_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("then", SIZES)
 @pytest.mark.parametrize("build", [trained, merged])
 def test_save_over_another_save_leaves_nothing_of_it(tmp_path: Path, first: str, then: str, build: Callable[[], Any]) -> None:
-    model, batch = trained("factors"), ids()
+    model = trained("factors")
     build().save_pretrained(tmp_path, **SIZES[first])
     model.save_pretrained(tmp_path, **SIZES[then])
-    same(outputs(sarac.load(tmp_path), batch), outputs(model, batch))
+    same(outputs(sarac.load(tmp_path), batch()), outputs(model, batch()))
 
 
 def test_process_that_does_not_write_leaves_the_folder_alone(tmp_path: Path) -> None:
@@ -161,7 +155,7 @@ def test_variant_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("push", ["save_pretrained", "push_to_hub"])
 def test_what_is_uploaded_is_marked(tmp_path: Path, push: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = trained(), ids()
+    model = trained()
 
     class Hub:
         def create_repo(self, name: str, **_: Any) -> Any:
@@ -183,20 +177,20 @@ def test_what_is_uploaded_is_marked(tmp_path: Path, push: str, monkeypatch: pyte
         model.push_to_hub("somebody/folder", commit_message="trained")
     else:
         model.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="somebody/folder", commit_message="trained")
-        same(outputs(sarac.load(tmp_path / "folder"), batch), outputs(model, batch))
+        same(outputs(sarac.load(tmp_path / "folder"), batch()), outputs(model, batch()))
     assert seen == [("somebody/folder", "trained")]
-    same(outputs(sarac.load(tmp_path / "hub"), batch), outputs(model, batch))
+    same(outputs(sarac.load(tmp_path / "hub"), batch()), outputs(model, batch()))
     with pytest.raises(RuntimeError, match="mismatched"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hub", config=plain_config(tmp_path / "hub"))
 
 
 def test_folded_folder_is_like_any_other(tmp_path: Path) -> None:
     base = bert()
-    model, batch = shake(sarac.transform(base)), ids()
+    model = shake(sarac.transform(base))
     plain = sarac.fold(model)
     plain.save_pretrained(tmp_path / "merged")
     found = transformers.AutoModel.from_pretrained(tmp_path / "merged")
-    same(outputs(found, batch), outputs(plain, batch))
-    differ(outputs(found, batch)[0], outputs(base, batch)[0])
+    same(outputs(found, batch()), outputs(plain, batch()))
+    differ(outputs(found, batch())[0], outputs(base, batch())[0])
     base.save_pretrained(tmp_path / "base")
     assert {f.name for f in (tmp_path / "merged").iterdir()} == {f.name for f in (tmp_path / "base").iterdir()}

@@ -14,32 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from zoo import VOCABULARY, llama, shake
+from user.methods import METHODS, adapted, batch
+from zoo import llama, shake
 
 import sarac
 
-METHODS: dict[str, dict[str, Any]] = {
-    "sara": {},
-    "factors": {"plan": "rank:3,train=factors"},
-    "mosara": {"method": "mosara"},
-}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def adapted(method: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A llama with adapters away from zero, as after a resume; the same in every process."""
-    torch.manual_seed(0)
-    return shake(sarac.transform(llama().to(dtype), **METHODS[method]))
 
 
 def encoder() -> nn.Module:
     """A layer whose packed weight and whose children's weights are read, not called."""
     torch.manual_seed(0)
     return shake(sarac.transform(nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)))
-
-
-def batch() -> Tensor:
-    return torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(5))
 
 
 def train(model: nn.Module, tokens: Tensor, steps: int = 2) -> list[Tensor]:
@@ -108,7 +94,7 @@ def fsdp(method: str, folder: Path) -> dict[str, Any]:
 
 
 def half_base(folder: Path) -> dict[str, Any]:
-    model = shard(adapted("sara", torch.bfloat16))
+    model = shard(adapted("sara", dtype=torch.bfloat16))
     logits = train(model, mine(batch()))
     return {"logits": logits, "state": whole(model)}
 
@@ -121,7 +107,7 @@ def half_compute(folder: Path) -> dict[str, Any]:
 
 def half_factors(folder: Path) -> dict[str, Any]:
     """FSDP2 takes one dtype of what trains in a group: factors of half precision and δ of float32 are two."""
-    model = shard(adapted("factors", torch.bfloat16))
+    model = shard(adapted("factors", dtype=torch.bfloat16))
     try:
         model(mine(batch()))
         said = ""
