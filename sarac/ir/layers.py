@@ -190,8 +190,8 @@ def _setter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
 
 def _registrar(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
     def register_parameter(self: nn.Module, name: str, param: Any) -> None:
-        if name in params:
-            _require_assignable(self, name, param)
+        if name in params or isinstance(param, EffectiveWeight):  # which torch's pruning would make a parameter of its own
+            _require_assignable(self, name if name in params else param._param, param)
         base.register_parameter(self, name, param)
 
     return register_parameter
@@ -199,7 +199,8 @@ def _registrar(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
 
 def _require_assignable(module: nn.Module, name: str, value: Any) -> None:
     # FSDP2 swaps sharded for whole parameters and back through this door: one of the two is a DTensor.
-    if not (isinstance(value, DTensor) or isinstance(module._parameters.get(name), DTensor)):
+    sharded = isinstance(value, DTensor) or isinstance(module._parameters.get(name), DTensor)
+    if not (sharded or "_sara_loading" in module.__dict__):
         raise WeightError(
             f"{module.__dict__['_sara'].slots[name].site} is adapted and cannot be assigned: its factors belong to the present "
             "base. Fold the model first (sarac.fold), or change the source model and transform it again."
@@ -227,7 +228,11 @@ def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
             own, given = self._parameters[param], state.get(prefix + param)
             if own is not None and isinstance(given, Tensor):
                 state[prefix + param] = in_shape(given, own.shape)
-        base._load_from_state_dict(self, state, prefix, *args)
+        self.__dict__["_sara_loading"] = True  # with assign=True the state dict's base takes the place of this one
+        try:
+            base._load_from_state_dict(self, state, prefix, *args)
+        finally:
+            del self.__dict__["_sara_loading"]
 
     return _load_from_state_dict
 
