@@ -57,7 +57,7 @@ def test_site_compiles_once_for_all_steps(method: str, site: str) -> None:
     require_one_graph(model, lambda m: m(x))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sara", "mosara"])
 def test_whole_llama_compiles_once_for_all_steps(method: str) -> None:
     require_one_graph(adapted(method).train(), lambda m: m(input_ids=batch(), use_cache=False).logits)
 

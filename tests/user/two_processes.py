@@ -1,5 +1,6 @@
 """What tests/user/test_distributed.py runs in two gloo processes: `python two_processes.py RANK FOLDER` writes FOLDER/RANK.pt."""
 
+import gc
 import os
 import sys
 import traceback
@@ -180,6 +181,7 @@ def checks() -> Iterator[tuple[str, Callable[[Path], Any]]]:
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage again and again
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     found: dict[str, Any] = {}
