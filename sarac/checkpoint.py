@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sarac.ir.adapters import PARAMETRISATION
 from sarac.ir.errors import CheckpointError
@@ -150,12 +152,22 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     return saved
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, which every process must take part in; any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this process writes the files of `model`: where it is sharded all gather, and the first one writes."""
+    return not any(isinstance(parameter, DTensor) for parameter in model.parameters()) or dist.get_rank() == 0
+
+
 def tensors_of(model: nn.Module) -> Adapters:
     """The adapters' tensors of an adapted model, by site and role."""
     found: Adapters = {}
     for _, module, state in adapted(model):
         for slot in state.slots.values():
-            found[slot.site] = {role: tensor.detach() for role, tensor in slot.tensors(module).items()}
+            found[slot.site] = {role: whole(tensor.detach()) for role, tensor in slot.tensors(module).items()}
     return found
 
 
@@ -167,7 +179,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
         for slot in state.slots.values()
         for role in slot.tensors(module)
     }
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    return {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in own}
 
 
 def loose_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -203,7 +215,7 @@ def base_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 over names, shapes and values of the weights, by precision: what factors computed from them depend on."""
     digests = {name: hashlib.sha256() for name in _PRECISIONS}
     for weight_name in sorted(weights):
-        weight = weights[weight_name].detach().cpu()
+        weight = whole(weights[weight_name].detach()).cpu()
         for name, dtype in _PRECISIONS.items():
             digests[name].update(f"{weight_name} {tuple(weight.shape)}".encode())
             digests[name].update(weight.to(dtype).contiguous().view(torch.uint8).numpy().data)

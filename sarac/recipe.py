@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from sarac.ir.errors import CheckpointError
 
@@ -23,17 +24,24 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
     known = model.__dict__.get(ATTRIBUTE)
     if isinstance(known, dict):
         return dict(known)
-    if isinstance(model, transformers.PreTrainedModel) and getattr(transformers, type(model).__name__, None) is type(model):
+    kind = _own_class(model)
+    if isinstance(model, transformers.PreTrainedModel) and getattr(transformers, kind.__name__, None) is kind:
         generation = getattr(model, "generation_config", None)
         return {
             "kind": "transformers",
-            "class": type(model).__name__,
+            "class": kind.__name__,
             "config": json.loads(model.config.to_json_string(use_diff=False)),
             "generation": None if generation is None else json.loads(generation.to_json_string(use_diff=False)),
             "attention": _attention(model.config),
             "source": str(getattr(model.config, "_name_or_path", "") or ""),
         }
-    return {"kind": "memory", "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    return {"kind": "memory", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _own_class(model: nn.Module) -> type:
+    """The class of a model, which fully_shard hides behind one of its own."""
+    line = type(model).__mro__
+    return line[line.index(FSDPModule) + 1] if FSDPModule in line else line[0]
 
 
 def rebuild(recipe: Mapping[str, Any], model: nn.Module | str | None = None) -> nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from sarac.checkpoint import Adapters, tensors_of
+from sarac.checkpoint import Adapters, tensors_of, whole
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import CheckpointError, RewriteError, near
 from sarac.ir.methods import describe
@@ -140,6 +141,8 @@ def _taken(model: nn.Module, shelf: Shelf) -> Shelved:
 
 def _make_live(model: nn.Module, shelf: Shelf, name: str, incoming: Shelved) -> None:
     record, live = _record(model), tensors_of(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise RewriteError("The adapters of a sharded model cannot be exchanged: load the adapter before the model is sharded.")
     with torch.no_grad():
         if incoming.frozen is not shelf.live:
             present = _part(live, record, trained=False)
@@ -167,7 +170,7 @@ def _part(tensors: Adapters, record: Record, *, trained: bool) -> Adapters:
 
 def _further(model: nn.Module, record: Record) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach() for name in record.plan.also_train}
+    return {name: whole(parameters[name].detach()) for name in record.plan.also_train}
 
 
 def _require_fits(ours: Mapping[str, Mapping[str, Tensor]], theirs: Mapping[str, Mapping[str, Tensor]], where: str) -> None:

@@ -29,14 +29,26 @@ from sarac.checkpoint import (
     tensors_of,
     write_adapter,
     write_model,
+    writes,
 )
 from sarac.ir.errors import CheckpointError, RewriteError, SaracWarning
 from sarac.ir.graph import ModelGraph
+from sarac.ir.guarded import in_shape
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import register_front_end, run
 from sarac.ir.plan import Plan
-from sarac.ir.record import FOLDER_FILE, FOLDER_MARK, Record, inputs_of, keep_inputs, record_of, require_whole, shelf_of
+from sarac.ir.record import (
+    FOLDER_FILE,
+    FOLDER_MARK,
+    Record,
+    inputs_of,
+    keep_inputs,
+    record_of,
+    require_whole,
+    shelf_of,
+    weight_files,
+)
 from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 from sarac.recipe import open_model, rebuild, recipe_of
@@ -48,7 +60,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> None:
     """Write `model`, adapted or plain, with its plan, its recipe and the spec of its inputs; load gives it back bit-exact.
 
-    Adapters that wait by name (`sarac.use`) are written too.
+    Adapters that wait by name (`sarac.use`) are written too. Call it in every process of a sharded model: all gather, the
+    first one writes.
     """
     require_whole(model, "save")
     record = record_of(model) or Record(Plan({}))
@@ -62,7 +75,8 @@ def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> N
     flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     tensors = (base_state(model), loose_buffers(model), tensors_of(model))
     saved = Saved(recipe_of(model), plan, inputs, flags, *tensors, shelf.packed(model))
-    write_model(path, saved)
+    if writes(model):
+        write_model(path, saved)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle: bool = False) -> nn.Module:
@@ -93,6 +107,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False, n
     """Write the live adapter, or the one of that name, alone: what trains, and the hashes of the base it belongs to.
 
     With `factors` U and V are stored as well, so that the adapter also fits its base cast to another precision.
+    Call it in every process of a sharded model: all gather, the first one writes.
     """
     require_whole(model, "save")
     record = record_of(model)
@@ -104,7 +119,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False, n
     for site, roles in tensors.items():
         trains = record.plan.sites[site].trainable
         adapters[site] = {role: t for role, t in roles.items() if factors or role in trains or role not in ("u", "v")}
-    write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
+    if writes(model):
+        write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
 
 
 def load_adapter(model: Model, path: str | Path, *, force: bool = False, name: str | None = None) -> Model:
@@ -189,7 +205,7 @@ def _load_folder(folder: Path, model: nn.Module | str | None) -> nn.Module:
     plain = rebuild({**recipe, "generation": _json(folder / "generation_config.json")}, model)
     state: dict[str, Tensor] = {}
     try:
-        for shard in sorted(folder.glob("model*.safetensors")):
+        for shard in weight_files(folder):
             state |= load_file(shard)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard} cannot be read: {error}. It may be truncated; write it again.") from error
@@ -212,7 +228,7 @@ def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder:
     for name, tensor in expected.items():
         if name not in state and tensor.data_ptr() in twins:  # save_pretrained drops the second name of a tied weight
             state[name] = state[twins[tensor.data_ptr()]]
-    fill(result, state, str(folder))
+    fill(result, {name: in_shape(tensor, expected[name].shape) for name, tensor in state.items()}, str(folder))
     return result.eval()
 
 

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from sarac.ir.errors import NotFoldable, PlanError
 from sarac.ir.spectrum import factors
@@ -214,7 +213,7 @@ class MoSara:
             kept = torch.topk(soft, int(count), -1)
             return torch.zeros_like(soft).scatter(-1, kept[1], kept[0])
         if kind == "hard":
-            largest = one_hot(torch.argmax(scores, -1), self.sets)
+            largest = torch.zeros_like(soft).scatter(-1, torch.argmax(scores, -1, keepdim=True), 1.0)
             return largest + (soft - soft.detach())
         return soft
 

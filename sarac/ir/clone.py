@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from sarac.ir.errors import RewriteError
@@ -23,6 +24,7 @@ def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(),
     `frozen` turns gradients off everywhere else; otherwise flags stay, and what trains gets its own storage too.
     With `inplace` the module itself is returned, with its flags set.
     """
+    _require_whole_tensors(module)
     names: dict[int, set[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -47,6 +49,16 @@ def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(),
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give inplace=True to change "
             "the model itself, or take the attribute that cannot be copied off it first."
         ) from error
+
+
+def _require_whole_tensors(module: nn.Module) -> None:
+    """A shard is no weight: adapters on it would be neither sharded nor kept alike, and a fold would lose its group."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise RewriteError(
+                f"{name} of this {type(module).__name__} is sharded: transform a model before fully_shard. To fold or export a "
+                "sharded one, write it with sarac.save or sarac.save_adapter in every process and load the file in one."
+            )
 
 
 def _parameter(source: nn.Parameter, trains: bool, data: Tensor) -> nn.Parameter:

@@ -10,7 +10,6 @@ stays in `_parameters`; reading the attribute gives the *effective* weight W + U
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import linecache
@@ -24,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import RewriteError, WeightError
+from sarac.ir.guarded import overrides
 from sarac.ir.weight import PRODUCTS, EffectiveWeight, Guard, Slot, State, base_attribute, effective
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -164,14 +164,7 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        body |= {
-            "__sara_base__": base,
-            "__setattr__": _setter(base, params),
-            "__delattr__": _deleter(base, params),
-            "__deepcopy__": _deepcopy,
-            "__copy__": _copy,
-        }
-        body |= {"__reduce_ex__": _reduce, "extra_repr": _repr(base)}
+        body |= {"__sara_base__": base, **overrides(base, params)}
         for param in params:
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
             body[base_attribute(param)] = property(_base_getter(param), doc="The untouched base weight.")
@@ -205,61 +198,6 @@ def _dispatch(base: Any, forward: Forward | None) -> Callable[..., Any]:
             self.__dict__.pop(PRODUCTS, None)
 
     return call
-
-
-def _setter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        # FSDP2 swaps sharded for whole parameters and back through this door: one of the two is a DTensor.
-        if name in params and not (isinstance(value, DTensor) or isinstance(self._parameters.get(name), DTensor)):
-            site = self.__dict__["_sara"].slots[name].site
-            raise WeightError(
-                f"{site} is adapted and cannot be assigned: its factors belong to the present base. Fold the model "
-                "first (sarac.fold), or change the source model and transform it again."
-            )
-        base.__setattr__(self, name, value)
-
-    return __setattr__
-
-
-def _deleter(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
-    def __delattr__(self: nn.Module, name: str) -> None:  # noqa: N807
-        if name in params:
-            site = self.__dict__["_sara"].slots[name].site
-            raise WeightError(f"{site} is adapted and cannot be taken off its module: fold the model first (sarac.fold).")
-        base.__delattr__(self, name)
-
-    return __delattr__
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new = self.__class__.__new__(self.__class__)
-    memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    for slot in new.__dict__["_sara"].slots.values():
-        for tensor in slot.tensors(new).values():  # a copied Parameter forgets its attributes
-            tensor.__dict__["_sara_lr"] = slot.adapter.lr
-    return new
-
-
-def _copy(self: nn.Module) -> nn.Module:
-    new = self.__class__.__new__(self.__class__)
-    new.__dict__.update(self.__dict__)
-    return new
-
-
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    raise WeightError(
-        f"An adapted {type(self).__name__} cannot be pickled: its forward was made for it. Write the model with "
-        "sarac.save or the adapter with sarac.save_adapter, or save its state_dict()."
-    )
-
-
-def _repr(base: Any) -> Callable[[nn.Module], str]:
-    def extra_repr(self: nn.Module) -> str:
-        parts = [f"{s.param}: {s.adapter.method} rank {s.adapter.rank}" for s in self.__dict__["_sara"].slots.values()]
-        return ", ".join(part for part in (base.extra_repr(self), *parts) if part)
-
-    return extra_repr
 
 
 def _function(source: str, names: Mapping[str, Any]) -> Callable[..., Any]:

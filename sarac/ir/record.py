@@ -1,10 +1,15 @@
 """What a model remembers of its surgery and its inputs, and the guards that keep it from failing in silence.
 
 `adapted.save_pretrained` writes the base and the adapters; `from_pretrained` would load the base and drop the adapters
-with a warning, so the folder's config is marked: loading it any other way than with sarac.load raises a sentence.
+with a warning, so the folder is guarded twice. Its config is marked: `from_pretrained` raises a sentence. And where
+another config is given, the weights' file itself does not fit: the adapted base weights lie flat in it, (out · in,) instead of
+(out, in). Who loads into the adapted model (transformers' Trainer, load_state_dict, sarac.load) gets them back in shape.
 """
 
+import inspect
 import json
+import math
+import re
 import types
 import warnings
 import weakref
@@ -122,28 +127,63 @@ def detach(model: nn.Module) -> None:
             del module.__dict__["save_pretrained"]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files in which save_pretrained leaves a model's weights: one, or numbered shards."""
+    return sorted(path for path in folder.glob("model*.safetensors") if re.fullmatch(r"model(-\d+-of-\d+)?", path.stem))
+
+
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """The class's own save_pretrained, then the mark and the plan."""
-    type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    config = Path(save_directory) / "config.json"
-    if not config.exists():  # another process than the main one of a distributed run
-        return
+    """The class's own save_pretrained, then the marks and the plan; an upload comes after them."""
+    bound = inspect.signature(type(self).save_pretrained).bind(self, save_directory, *args, **kwargs)
+    given, folder = bound.arguments, Path(save_directory)
+    if given.get("variant") is not None:
+        raise RewriteError("A folder holds one adapted model, so its weights have no variant: save into another folder.")
+    upload = bool(given.pop("push_to_hub", False))
+    writes = getattr(self, "should_save_on_this_rank", bool)(given.get("is_main_process", True))
+    if writes:  # what is left of another save would be taken for weights of this one
+        for file in (*weight_files(folder), folder / "model.safetensors.index.json"):
+            file.unlink(missing_ok=True)
+    type(self).save_pretrained(*bound.args, **bound.kwargs)
+    if writes:
+        _mark(self, folder)
+    if writes and upload:
+        asked = {name: given[name] for name in ("token", "max_shard_size") if name in given}
+        self.push_to_hub(**{"repo_id": folder.name, **given.get("kwargs", {}), **asked})
+
+
+def _mark(model: nn.Module, folder: Path) -> None:
+    """Mark the folder of an adapted model, or of a part of one, which names its weights from itself on."""
+    config, record, names = folder / "config.json", record_of(model), dict[str, str]()
     entries = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**entries, FOLDER_MARK: _SENTENCE}, indent=2) + "\n", encoding="utf-8")
-    record, names = record_of(self), dict[str, str]()
-    slots = [(path, slot) for path, _, state in adapted(self) for slot in state.slots.values()]
-    for path, slot in slots:  # a part of a model names its weights from itself on
-        names.setdefault(slot.site, f"{path}.{slot.param}" if path else slot.param)
+    slots = [(f"{path}.{slot.param}" if path else slot.param, slot) for path, _, s in adapted(model) for slot in s.slots.values()]
+    for file in weight_files(folder):
+        _flatten(file, {name for name, _ in slots})
+    for name, slot in slots:
+        names.setdefault(slot.site, name)
     plan = record.plan if record else Plan({names[slot.site]: slot.adapter for _, slot in slots})
-    plan.save(Path(save_directory) / FOLDER_FILE)
-    shelf = self.__dict__.get("_sarac_shelf", Shelf())
+    plan.save(folder / FOLDER_FILE)
+    shelf = model.__dict__.get("_sarac_shelf", Shelf())
     if shelf.others:
         warnings.warn(
             f"The folder holds the live adapter {shelf.active!r} alone, not {', '.join(shelf.others)}: sarac.save writes "
             "all, and sarac.save_adapter(model, path, name=…) any one.",
             SaracWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
+
+
+def _flatten(file: Path, names: set[str]) -> None:
+    """Let these tensors of a safetensors file lie flat: its header is rewritten in place, the data stays where it is."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        for name in names.intersection(header):
+            header[name]["shape"] = [math.prod(header[name]["shape"])]
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, f"the header of {file} grew"
+        stream.seek(8)
+        stream.write(text.ljust(size))  # the format fills it up with spaces as well
 
 
 _watching: list[Any] = []

@@ -43,6 +43,8 @@ def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
     if _running_dtype(floats) == torch.float16:
         with _without_autocast(floats):
             return _projected(x.float() if floats is x else x, v.float(), how)
+    if x.is_floating_point() and x.dtype != v.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(v.dtype)  # factors that train may be wider than their base
     return _projected(x, v, how)
 
 

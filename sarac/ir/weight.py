@@ -87,20 +87,28 @@ class EffectiveWeight(Tensor):
     _module: nn.Module
     _param: str
     _turned: bool
+    _held: nn.Parameter
 
     @staticmethod
     def __new__(cls, module: nn.Module, param: str, trains: bool, turned: bool = False) -> "EffectiveWeight":
         """The handle on `module`'s parameter, or on its transpose; `trains` says whether gradients flow to it."""
-        base: Any = module._parameters[param]
-        base = base.mT if turned else base
+        held: Any = module._parameters[param]
+        base = held.mT if turned else held
         handle: EffectiveWeight = Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, requires_grad=trains
         )
-        handle._module, handle._param, handle._turned = module, param, turned
+        handle._module, handle._param, handle._turned, handle._held = module, param, turned, held
+        torch._C._set_throw_on_mutable_data_ptr(handle)  # to_dlpack asks no one and would hand out the address 0
         return handle
 
     def product(self) -> Tensor:
         """The effective weight as a plain tensor; it is computed once in a forward, however often that reads it."""
+        held = self._module._parameters
+        if self._param not in held:  # torch.nn.utils.weight_norm takes it out before it computes: put it back
+            rest = dict(held)
+            held.clear()
+            held.update({self._param: self._held, **rest})
+            raise WeightError(_refusal(self, "taking it out of its module"))
         kept = self._module.__dict__.get(PRODUCTS, {})
         key = (self._param, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         value = kept[key] = kept.get(key) if key in kept else effective(self._module, self._param)
