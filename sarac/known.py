@@ -33,9 +33,9 @@ def known_weights(module: nn.Module) -> Known:
     return _experts(module)
 
 
-def read_from_outside(module: nn.Module) -> tuple[str, ...]:
-    """The weights of its children that `module` takes and computes with itself, by their names in it."""
-    return ("out_proj.weight",) if isinstance(module, nn.MultiheadAttention) else ()
+def read_from_outside(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The weights of its children that `module` takes and computes with itself: child and parameter."""
+    return (("out_proj", "weight"),) if isinstance(module, nn.MultiheadAttention) else ()
 
 
 def untraced_weights(module: nn.Module, names: Iterable[str], reason: str) -> Known:

@@ -108,8 +108,10 @@ def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> 
             item.skipped = f"its {type(module).__name__} was scripted with torch.jit: transform the plain model"
         return None
     known = known_weights(module)
-    for name in read_from_outside(module):
-        found[id(module.get_parameter(name))].others.append(f"its {type(module).__name__}")
+    for child, param in read_from_outside(module):
+        item = found.get(id(module.get_submodule(child)._parameters[param]))
+        if item is not None:
+            item.others.append(f"its {type(module).__name__}")
     for name in known.keys() & own.keys():
         own[name].weight_form, own[name].layout = known[name]
     try:

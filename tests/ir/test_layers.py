@@ -20,7 +20,7 @@ from zoo import Own, adapt, close, differ, folded, mlp, outputs, same, shake, t5
 
 import sarac.ir.layers
 import sarac.ir.weight
-from sarac.ir.errors import NotFoldable, RewriteError, WeightError
+from sarac.ir.errors import NotFoldable, PlanError, RewriteError, WeightError
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
 from sarac.passes.choose import Choose
@@ -406,12 +406,18 @@ def test_multihead_attention_reads_its_output_projection() -> None:
 
 def test_routed_weight_that_is_read_raises_not_foldable() -> None:
     base, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
-    model = adapt(base, where="out_proj.weight", method="mosara", checked=False)
-    assert hasattr(model.out_proj, "weight")
-    assert model.out_proj.weight.dtype == torch.float32
-    with pytest.raises(NotFoldable, match=r"out_proj\.weight: A routed Mo-SARA .*Call the layer itself.*merge=False.*routing"):
-        model(x, x, x)
-    same(model.out_proj(x), base.out_proj(x))
+    with pytest.raises(PlanError, match=r"out_proj\.weight cannot carry a routed adapter, .*: its MultiheadAttention reads"):
+        adapt(base, where="out_proj.weight", method="mosara", checked=False)
+    model = adapt(base.out_proj, method="mosara", checked=False)
+    assert hasattr(model, "weight")
+    assert model.weight.dtype == torch.float32
+    with pytest.raises(NotFoldable, match=r"weight: A routed Mo-SARA .*Call the layer itself.*merge=False.*routing"):
+        model.weight + 0
+    same(model(x), base.out_proj(x))
+    base.out_proj = shake(model)  # its own path serves where it is but multiplied with
+    same(F.linear(x, model.weight, model.bias), model(x))
+    same(x @ model.weight.T + model.bias, model(x))
+    differ(model(x), F.linear(x, model.weight_base, model.bias))
 
 
 class CastsToWeight(nn.Module):
