@@ -109,9 +109,9 @@ def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> 
         return None
     known = known_weights(module)
     for child, param in read_from_outside(module):
-        item = found.get(id(module.get_submodule(child)._parameters[param]))
-        if item is not None:
-            item.others.append(f"its {type(module).__name__}")
+        read = found.get(id(module.get_submodule(child)._parameters[param]))
+        if read is not None:
+            read.others.append(f"its {type(module).__name__}")
     for name in known.keys() & own.keys():
         own[name].weight_form, own[name].layout = known[name]
     try:
