@@ -137,7 +137,7 @@ def _note_untraced(module: nn.Module, own: Mapping[str, _Found], error: str) -> 
     reason, known = f"{kind} cannot be traced ({error})", known_weights(module)
     supposed = untraced_weights(module, own, reason)
     for name, item in own.items():
-        if name in supposed:
+        if name in supposed and name not in known:
             item.weight_form, item.layout = supposed[name]
         elif known and name not in known:
             item.skipped = f"no matrix that {kind} is known to multiply with"

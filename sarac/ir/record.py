@@ -143,12 +143,28 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     if writes:  # what is left of another save would be taken for weights of this one
         for file in (*weight_files(folder), folder / "model.safetensors.index.json"):
             file.unlink(missing_ok=True)
+    twice = _second_names(self)
+    if twice:  # transformers knows which weights of its own are tied, and refuses others that share memory
+        state = given.get("state_dict") or self.state_dict()
+        given["state_dict"] = {name: tensor for name, tensor in state.items() if name not in twice}
     type(self).save_pretrained(*bound.args, **bound.kwargs)
     if writes:
         _mark(self, folder)
     if writes and upload:
         asked = {name: given[name] for name in ("token", "max_shard_size") if name in given}
         self.push_to_hub(**{"repo_id": folder.name, **given.get("kwargs", {}), **asked})
+
+
+def _second_names(model: nn.Module) -> set[str]:
+    """The further names of adapters' tensors that several modules share, as those of tied weights."""
+    seen: dict[int, str] = {}
+    names = {
+        f"{path}.{slot.attribute(role)}": tensor
+        for path, module, state in adapted(model)
+        for slot in state.slots.values()
+        for role, tensor in slot.tensors(module).items()
+    }
+    return {name for name, tensor in names.items() if seen.setdefault(id(tensor), name) != name}
 
 
 def _mark(model: nn.Module, folder: Path) -> None:

@@ -146,7 +146,9 @@ def _floor(weight: Tensor, values: Tensor) -> float:
 
 def _require_usable(weight: Tensor, name: str) -> None:
     if weight.is_meta:
-        raise SpectrumError(f"{name} lies on the meta device and has no values: load the model's weights first.")
+        raise SpectrumError(
+            f"{name} lies on the meta device and has no values: load the model's weights first, and without offloading them."
+        )
     if weight.ndim != 2 or weight.numel() == 0:
         raise SpectrumError(f"{name} has shape {tuple(weight.shape)}; a spectrum needs two dimensions and some values.")
     wide = weight.detach().float() if weight.dtype.itemsize == 1 else weight
