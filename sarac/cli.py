@@ -6,12 +6,10 @@ a rule, a glob or a plan that does not fit the model is too.
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.table import Table
 from torch import nn
 
 from sarac import arguments as take
@@ -20,7 +18,6 @@ from sarac import doctor as diagnosis
 from sarac.checkpoint import tensors_of, written
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
-from sarac.report import Analysis
 from sarac.terminal import Commands, busy, meter, show
 from sarac.trace import trace
 
@@ -66,7 +63,7 @@ def analyze(
         analysis = surgery.analyze(opened, threshold=threshold, where=where or None, progress=step)
     if plot is not None:
         analysis.plot(plot)
-    show(as_json, analysis.to_json(), analysis.table(by_site=sites), *_left_out(analysis, sites))
+    show(as_json, analysis.to_json(), analysis.table(sites), *([analysis.left_out_table(sites)] if analysis.left_out else []))
 
 
 @app.command(epilog="Example: sarac transform ./llama --plan threshold:0.6 --out model.pt")
@@ -155,18 +152,6 @@ def doctor(as_json: take.Json = False) -> None:
     found = diagnosis.diagnose()
     faults = [f"{fault}: {remedy}" for fault, remedy in found.faults]
     show(as_json, found.to_json(), found.table(), *(faults or [found.verdict]))
-
-
-def _left_out(analysis: Analysis, by_site: bool) -> Iterator[str | Table]:
-    """What was not measured: how many, or each with its reason."""
-    skipped = json.loads(analysis.to_json())["skipped"]
-    if by_site and skipped:
-        table = Table("left out", "why", title_justify="left")
-        for name, reason in skipped.items():
-            table.add_row(name, reason or "not in --where")
-        yield table
-    elif skipped:
-        yield f"Parameters of two or more dimensions that are left out: {len(skipped)} (--sites says why)."
 
 
 def _facts(model: nn.Module, out: Path) -> dict[str, Any]:

@@ -75,15 +75,15 @@ class Analysis:
         calls, flops = whole.calls.get(name, 0), whole.flops.get(name, 0)
         return {"calls": calls, "flops": flops, "depth": whole.depths.get(name), "siblings": siblings}
 
-    def left_out_table(self) -> Table:
-        """A rich table of what is left out, by kind of weight, each with its reason."""
-        table = Table(title="Left out", title_justify="left")
+    def left_out_table(self, by_site: bool = False) -> Table:
+        """A rich table of what is left out and why, by kind of weight, or with `by_site` one row a weight."""
+        table = Table(title="Parameters of two or more dimensions that are left out", title_justify="left")
         table.add_column("parameter", no_wrap=True)
         table.add_column("how many", justify="right")
         table.add_column("why")
         groups: dict[tuple[str, str], int] = defaultdict(int)
         for name, reason in self.left_out.items():
-            groups[starred(name), reason] += 1
+            groups[name if by_site else starred(name), reason] += 1
         for (kind, reason), count in groups.items():
             table.add_row(kind, str(count), reason)
         return table
@@ -99,16 +99,16 @@ class Analysis:
         groups: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
             groups[site.name if by_site else f"{site.kind} {site.full_shape}"].append(site)
-        ranks = self.ranks()
         for members in groups.values():
-            table.add_row(*self._cells(members, ranks, by_site))
+            table.add_row(*self._cells(members, by_site))
         table.add_section()
         dense = sum(site.size for site in self.sites)
         table.add_row("all", str(len(self.sites)), "", "", "", "", f"{self.trainable:,}", f"{dense:,}")
         return table
 
-    def _cells(self, members: list[Site], ranks: dict[str, int], by_site: bool) -> list[str]:
-        ks, first = [ranks[site.name] for site in members], members[0]
+    def _cells(self, members: list[Site], by_site: bool) -> list[str]:
+        first, spectra = members[0], [self.spectrum(site.name) for site in members]
+        ks = [one.rank_at(self.threshold) for spectrum in spectra for one in spectrum.matrices]
         full = min(first.shape)
         span = f"{min(ks)}" if min(ks) == max(ks) else f"{min(ks)}–{max(ks)}"
         return [

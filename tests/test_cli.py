@@ -162,13 +162,16 @@ def test_analyze_shows_what_the_library_measures(work: Path, tmp_path: Path, mon
     assert most["trainable"] > half["trainable"]
     shown = run("analyze", work / "llama", "--plot", tmp_path / "k.png")
     assert "14 linear sites" in shown.stdout
-    assert "left out: 1 (--sites" in shown.stdout
+    assert "that are left out" in shown.stdout
+    assert "the output head" in shown.stdout
+    assert "model.layers.*.mlp.down_proj.weight" in shown.stdout
     assert "model.layers.1.mlp.down_proj.weight" in shown.stderr
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("COLUMNS", "130")
     by_site = run("analyze", work / "llama", "--sites", "--where", "*.0.mlp.*").stdout
     assert "model.layers.0.mlp.up_proj.weight" in by_site
-    assert "not in --where" in by_site
+    assert "`where` leaves it out" in by_site
+    assert "model.layers.1.mlp.up_proj.weight" in by_site
     assert "the output head" in by_site
 
 
