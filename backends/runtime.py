@@ -260,12 +260,12 @@ def _values(port: _Port, shape: list[int], generator: torch.Generator, padded: b
     if port.seen.is_floating_point() or port.spec.high is not None:
         return port.spec.sample(shape, generator)
     if "mask" in port.spec.name and port.seen.numel():
-        mask = torch.full(shape, bool(port.seen.double().mean() >= 0.5)).to(port.seen.dtype)
+        mask = torch.full(shape, bool(port.seen.double().mean() >= 0.5), device="cpu").to(port.seen.dtype)
         if padded and len(shape) > 1 and port.seen.dtype != torch.bool:  # in masks of bools, True may be what is padded
             mask[-1, ..., shape[-1] - shape[-1] // 4 :] = 0
         return mask
     low, high = (int(port.seen.min()), int(port.seen.max())) if port.seen.numel() else (0, 0)
-    return torch.randint(low, high + 1, shape, generator=generator).to(port.seen.dtype)
+    return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(port.seen.dtype)
 
 
 def _to_runtime(tensor: Tensor) -> Any:

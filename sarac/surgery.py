@@ -141,7 +141,7 @@ def mean_gates(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]
         name, rows = sites[id(shift)], gates.detach().double()
         # (…, sets), or (…, parts, tokens, sets) of a stack, whose gates are kept apart
         rows = rows.movedim(-3, 0).flatten(1, -2) if shift.ndim == 3 else rows.flatten(0, -2)
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + rows.sum(-2).cpu()
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device="cpu")) + rows.sum(-2).cpu()
         counts[name] = counts.get(name, 0) + rows.shape[-2]
 
     with torch.no_grad(), evaluating(model), observing(note):

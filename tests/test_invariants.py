@@ -94,7 +94,7 @@ def backward(case: Case, model: nn.Module) -> None:
     torch.manual_seed(7)
     outputs = [t for _, t in check.leaves(case.inputs.call(model)) if t.is_floating_point() and t.requires_grad]
     generator = torch.Generator().manual_seed(1)
-    sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs).backward()
+    sum((t * torch.randn(t.shape, generator=generator, device="cpu").to(t)).sum() for t in outputs).backward()
 
 
 def it_starts_as_the_base(case: Case) -> None:

@@ -144,7 +144,7 @@ def leaf(name: str) -> nn.Module:
 
 TREES = st.recursive(st.sampled_from(list(LEAVES)).map(leaf), grow, max_leaves=4)
 PLANS = st.sampled_from(["threshold:0.6", "energy:0.8", "rank:2,train=factors", "threshold:0.3,train=factors,init=random"])
-X = torch.randn(2, 5, W, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 5, W, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def quietly(act: Callable[[], Any]) -> Any:
@@ -157,7 +157,7 @@ def quietly(act: Callable[[], Any]) -> Any:
 @given(TREES, PLANS, st.booleans())
 def test_random_trees(tree: nn.Module, plan: str, training: bool) -> None:
     # float64: what is compared is the surgery, and not how a random model amplifies rounding
-    tree, x = tree.double().train(training), X.double()
+    tree, x = tree.double().train(training), X.to(torch.get_default_device()).double()
     before, expected = snapshot(tree), outputs(tree, x)
     model = quietly(lambda: sarac.transform(tree, plan, where="*"))
     close(outputs(model, x), expected, torch.float64)
@@ -185,7 +185,7 @@ def require_untouched_but_for_training(tree: nn.Module, before: dict[str, Any], 
 @settings(max_examples=30)
 @given(TREES)
 def test_random_trees_with_routed_adapters(tree: nn.Module) -> None:
-    tree, x = tree.double().eval(), X.double()
+    tree, x = tree.double().eval(), X.to(torch.get_default_device()).double()
     routable = [s.name for s in sarac.trace(tree).sites.values() if s.form == "call" and not s.others]
     if not routable:
         return

@@ -295,3 +295,13 @@ def test_frozen_and_trainable_mixtures_come_back() -> None:
     merged = sarac.fold(model)
     assert {name: parameter.requires_grad for name, parameter in merged.named_parameters()} == flags
     assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("choice", [{"plan": "rank:3,train=factors,init=random"}, {"method": "mosara"}])
+def test_default_device_of_torch_is_not_the_model_s(choice: dict[str, Any]) -> None:
+    base, x = mlp(6, 5, 4), torch.randn(3, 6)
+    with torch.device("meta"):
+        assert torch.ones(1).is_meta
+        model = sarac.transform(base, example_inputs=x, **choice)
+    same(outputs(model, x), outputs(base, x))
+    differ(outputs(shake(model), x), outputs(base, x))

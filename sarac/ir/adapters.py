@@ -120,8 +120,8 @@ class Sara:
         if self.basis == "svd":
             return {**_svd_tensors(weight, self.rank, name), "shift": _small(weight, self.rank)}
         out, inner = weight.shape
-        u = torch.randn(out, self.rank, generator=generator) / out**0.5  # columns of norm 1, as an SVD's have
-        v = torch.randn(self.rank, inner, generator=generator) / inner**0.5
+        u = torch.randn(out, self.rank, generator=generator, device="cpu") / out**0.5  # columns of norm 1, as an SVD's have
+        v = torch.randn(self.rank, inner, generator=generator, device="cpu") / inner**0.5
         return {
             "u": u.to(weight),
             "v": v.to(weight),
@@ -199,7 +199,7 @@ class MoSara:
         small = _small(weight, self.sets, self.rank)
         tensors = {**_svd_tensors(weight, self.rank, name), "shift": small}
         for role, shape in self._router_shapes().items():
-            tensors[role] = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(small)
+            tensors[role] = (torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5).to(small)
         return tensors
 
     def gates(self, h: Any, tensors: Tensors) -> Any:

@@ -79,10 +79,10 @@ class TensorSpec:
         """A random tensor of this dtype and the given shape."""
         dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point:
-            return torch.randn(tuple(shape), generator=generator).to(dtype)
+            return torch.randn(tuple(shape), generator=generator, device="cpu").to(dtype)
         if self.high is None:  # a mask, or an index of unknown range: ones are right for the one, in range for most
-            return torch.ones(tuple(shape), dtype=dtype)
-        return torch.randint(0, self.high, tuple(shape), generator=generator).to(dtype)
+            return torch.ones(tuple(shape), dtype=dtype, device="cpu")
+        return torch.randint(0, self.high, tuple(shape), generator=generator, device="cpu").to(dtype)
 
 
 @dataclass(frozen=True)

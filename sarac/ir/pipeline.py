@@ -164,7 +164,7 @@ def _probes(owner: nn.Module, site: Site) -> Iterator[torch.Tensor]:
         spans = zip(owner.kernel_size, owner.dilation, strict=True)
         shapes = ((2, owner.in_channels, *((size - 1) * step + 4 for size, step in spans)),)
     for shape in shapes:
-        yield torch.randn(shape, generator=generator).to(weight.device, site.dtype)
+        yield torch.randn(shape, generator=generator, device="cpu").to(weight.device, site.dtype)
 
 
 def _detached(outputs: Any) -> list[torch.Tensor]:
