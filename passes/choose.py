@@ -99,7 +99,9 @@ class Choose:
         if self.also_train is None:
             return ()
         globs = [self.also_train] if isinstance(self.also_train, str) else list(self.also_train)
-        return tuple(matching(globs, [name for name, _ in graph.module.named_parameters()], "also_train"))
+        first = {id(parameter): name for name, parameter in graph.module.named_parameters()}
+        aliases = {name: first[id(p)] for name, p in graph.module.named_parameters(remove_duplicate=False)}
+        return tuple(dict.fromkeys(aliases[name] for name in matching(globs, aliases, "also_train")))
 
     def _require_separate(self, graph: ModelGraph, chosen: Plan) -> None:
         """What trains whole must exist and not be adapted as well."""

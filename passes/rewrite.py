@@ -44,9 +44,12 @@ class Rewrite:
             raise RewriteError("The model is already transformed: fold it first (sarac.fold), or transform the source.")
         tensors = {name: self._tensors(graph, graph.site(name), adapter) for name, adapter in plan.sites.items()}
         trained = {name: parameter.requires_grad for name, parameter in graph.module.named_parameters()}
+        originals = {name: graph.module.get_parameter(name).detach() for name in plan.also_train}
+        if self.inplace:
+            originals = {name: tensor.clone() for name, tensor in originals.items()}
         module = clone(graph.module, frozen=True, own=frozenset(plan.also_train), inplace=self.inplace)
         regions = self._install(graph, module, tensors)
-        attach(module, Record(plan, trained))
+        attach(module, Record(plan, trained, originals))
         return replace(graph, module=module, regions={**graph.regions, **regions})
 
     def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter) -> dict[str, nn.Parameter]:

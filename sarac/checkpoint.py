@@ -35,7 +35,7 @@ class Saved:
     """What a model.pt holds: recipe, plan, input spec and flags as JSON, base tensors by name, adapters by site and role.
 
     `buffers` are those that no state dict has: rebuilt, they would lack what a cast of the model did to them. `shelf` has the
-    adapters that are not live.
+    adapters that are not live, `originals` the base values of what trains whole.
     """
 
     recipe: Mapping[str, Any]
@@ -46,6 +46,7 @@ class Saved:
     buffers: Mapping[str, Tensor]
     adapters: Adapters
     shelf: Mapping[str, Any] = field(default_factory=dict)
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def write_model(path: str | Path, saved: Saved) -> None:
         "buffers": dict(saved.buffers),
         "adapters": saved.adapters,
         "shelf": dict(saved.shelf),
+        "originals": dict(saved.originals),
     }
     written(path, lambda aside: torch.save(content, aside))
 
@@ -91,6 +93,7 @@ def read_model(path: str | Path) -> Saved:
             buffers=content["buffers"],
             adapters=content["adapters"],
             shelf=content.get("shelf", {}),
+            originals=content.get("originals", {}),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} is a model.pt without its entry {error}: it is damaged; write it again.") from error

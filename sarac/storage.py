@@ -44,6 +44,7 @@ from sarac.ir.record import (
     Record,
     inputs_of,
     keep_inputs,
+    keep_originals,
     record_of,
     require_whole,
     shelf_of,
@@ -74,7 +75,7 @@ def save(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> N
     plan = replace(record.plan, base=base_hashes(weights)["float32"] if weights else "")
     flags = record.trained_before or {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     tensors = (base_state(model), loose_buffers(model), tensors_of(model))
-    saved = Saved(recipe_of(model), plan, inputs, flags, *tensors, shelf.packed(model))
+    saved = Saved(recipe_of(model), plan, inputs, flags, *tensors, shelf.packed(model), record.originals)
     if writes(model):
         write_model(path, saved)
 
@@ -100,6 +101,7 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle
         return plain.eval()
     result = _with_adapters(plain, saved.plan, saved.adapters).eval()
     shelf.unpack(result, saved.shelf, str(path))
+    keep_originals(result, saved.originals)
     return result
 
 
@@ -228,6 +230,7 @@ def _fill_folder(plain: nn.Module, plan: Plan, state: dict[str, Tensor], folder:
     for name, tensor in expected.items():
         if name not in state and tensor.data_ptr() in twins:  # save_pretrained drops the second name of a tied weight
             state[name] = state[twins[tensor.data_ptr()]]
+    keep_originals(result, {})  # the folder does not have them
     fill(result, {name: in_shape(tensor, expected[name].shape) for name, tensor in state.items()}, str(folder))
     return result.eval()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sarac.ir import check
 from sarac.ir.errors import InputError, RewriteError, SaracWarning
@@ -17,7 +18,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
-from sarac.ir.record import keep_inputs
+from sarac.ir.record import keep_inputs, record_of
 from sarac.ir.terms import observing
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
@@ -155,18 +156,38 @@ def mean_gates(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model for a while: every adapter of `model` is switched off, and back to what it was at the end."""
+    """The base model for a while: adapters are switched off and what trains whole has its base values, then all is back.
+
+    A folder of save_pretrained does not hold those base values: there a warning says what keeps its trained ones.
+    """
     states = [state for _, _, state in adapted(model)]
     if not states:
         raise RewriteError(f"{type(model).__name__} carries no adapters to switch off: transform it first (sarac.transform).")
     before = [state.enabled for state in states]
+    whole = _trained_whole(model) if any(before) else {}
+    trained = {name: parameter.data for name, (parameter, _) in whole.items()}
     try:
         for state in states:
             state.enabled = False
+        for parameter, original in whole.values():
+            parameter.data = original.to(parameter.device, parameter.dtype)
         yield
     finally:
         for state, enabled in zip(states, before, strict=True):
             state.enabled = enabled
+        for name, (parameter, _) in whole.items():
+            parameter.data = trained[name]
+
+
+def _trained_whole(model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """The parameters that train whole with their base values, where these are known."""
+    record = record_of(model)
+    names = record.plan.also_train if record else ()
+    originals = record.originals if record else {}
+    lost = [name for name in names if name not in originals or isinstance(model.get_parameter(name), DTensor)]
+    if lost:
+        _warn(f"The base values of {lost[0]} ({len(lost)} parameters) are not at hand: they stay as they were trained.")
+    return {name: (model.get_parameter(name), originals[name]) for name in names if name not in lost}
 
 
 def recommended_lr(model: nn.Module) -> float:

@@ -466,3 +466,32 @@ def test_checks_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(sarac.CheckFailed):
         sarac.run(sarac.trace(plain()), *steps)
     assert sarac.run(sarac.trace(plain()), *steps, check=False).plan is not None
+
+
+def test_disabled_gives_what_trains_whole_its_base_values_too(tmp_path: Path) -> None:
+    base, batch = llama(), ids()
+    model = shake(sarac.transform(base, also_train=["*norm*", "lm_head.weight"]))
+    sarac.save(model, tmp_path / "m.pt")
+    sarac.save_adapter(model, tmp_path / "a.safetensors")
+    inplace = llama()
+    inplace.load_state_dict(base.state_dict())
+    moved = outputs(model, batch).logits
+    others = (
+        sarac.load(tmp_path / "m.pt"),
+        sarac.load_adapter(base, tmp_path / "a.safetensors"),
+        sarac.load_adapter(inplace, tmp_path / "a.safetensors"),
+        copy.deepcopy(model),
+    )
+    for one in (model, *others):
+        with sarac.disabled(one), sarac.disabled(one):
+            same(outputs(one, batch).logits, outputs(base, batch).logits)
+        same(outputs(one, batch).logits, moved)
+    differ(moved, outputs(base, batch).logits)
+
+
+def test_disabled_says_what_a_folder_does_not_know(tmp_path: Path) -> None:
+    model = shake(sarac.transform(llama(), also_train="model.norm.weight"))
+    model.save_pretrained(tmp_path)
+    said = r"base values of model\.norm\.weight \(1 parameters\) are not at hand"
+    with pytest.warns(SaracWarning, match=said), sarac.disabled(sarac.load(tmp_path)):
+        pass

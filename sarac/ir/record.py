@@ -14,7 +14,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,11 @@ _SENTENCE = (
 
 @dataclass(frozen=True)
 class Record:
-    """The plan that was carried out, and which parameters trained before it."""
+    """The plan that was carried out, which parameters trained before it, and what those that train whole were then."""
 
     plan: Plan
     trained_before: Mapping[str, bool] = field(default_factory=dict)
+    originals: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(eq=False)
@@ -84,6 +85,11 @@ def record_of(model: nn.Module) -> Record | None:
     """The record of an adapted model, None for a plain one."""
     found = model.__dict__.get("_sarac_record")
     return found if isinstance(found, Record) else None
+
+
+def keep_originals(model: nn.Module, originals: Mapping[str, torch.Tensor]) -> None:
+    """Let an adapted model take these for the base values of what trains whole; none where they are not known."""
+    model.__dict__["_sarac_record"] = replace(model.__dict__["_sarac_record"], originals=originals)
 
 
 def inputs_of(model: nn.Module) -> str:
