@@ -51,16 +51,22 @@ def analyze(
     where: take.Where = None,
     sites: take.Sites = False,
     plot: take.Plot = None,
+    specs: take.Specs = None,
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
     as_json: take.Json = False,
 ) -> None:
-    """Show the threshold rank k of every linear weight of a model."""
+    """Show the threshold rank k of every linear weight of a model, and why others are left out.
+
+    With --input the whole model is captured on such inputs as well: calls, FLOPs and depth come into the JSON.
+    """
     take.require_place(plot)
+    spec = take.spec_of(specs)
     opened = take.opened(model, args, factory, trust_pickle)
     with meter("Measuring", len(chosen_sites(trace(opened), where or None))) as step:
-        analysis = surgery.analyze(opened, threshold=threshold, where=where or None, progress=step)
+        choice: dict[str, Any] = {"threshold": threshold, "where": where or None, "progress": step}
+        analysis = surgery.analyze(opened, example_inputs=spec and spec.sample(), **choice)
     if plot is not None:
         analysis.plot(plot)
     show(as_json, analysis.to_json(), analysis.table(sites), *([analysis.left_out_table(sites)] if analysis.left_out else []))

@@ -160,6 +160,9 @@ def test_analyze_shows_what_the_library_measures(work: Path, tmp_path: Path, mon
     half, most = (told("analyze", work / "llama", "--threshold", share) for share in (0.5, 0.9))
     assert {row["site"]: row["rank"] for row in half["sites"]} == sarac.analyze(model, threshold=0.5).ranks()
     assert most["trainable"] > half["trainable"]
+    assert "flops" not in half["sites"][0]
+    seen = told("analyze", work / "llama", "--where", "*q_proj*", "--input", "input_ids:int64[2,5]")
+    assert [(row["calls"], row["flops"]) for row in seen["sites"]] == [(1, 2 * 10 * 16 * 16)] * 2
     shown = run("analyze", work / "llama", "--plot", tmp_path / "k.png")
     assert "14 linear sites" in shown.stdout
     assert "that are left out" in shown.stdout
