@@ -24,6 +24,7 @@ _HIERA = {
 }  # fmt: skip
 _HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+_WINDOWS = {"n_window": 50, "n_window_infer": 200}
 _DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
 _STREAM = {"chunk_length": 16, "chunk_right_context": 4}
 _SAM = {"image_size": 64, "patch_size": 16, "output_channels": WIDTH, "num_pos_feats": 16, "global_attn_indexes": [1]}
@@ -46,25 +47,37 @@ _DEPTH_PRO = {f"{part}_model_config.image_size": 32 for part in ("image", "patch
 CONFIGS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _IMAGE_WORDS},
     "chmv2": {
-        "backbone_config.out_indices": [1, 2, 3, 4], "backbone_config.num_hidden_layers": 4, "patch_size": 8,
-        "backbone_config.return_class_token": True, "backbone_config.reshape_hidden_states": True,
-        "backbone_config.patch_size": 8, "post_process_channels": [8, 16, 16, 32],
+        "backbone_config.out_indices": [1, 2, 3, 4],
+        "backbone_config.num_hidden_layers": 4,
+        "patch_size": 8,
+        "backbone_config.return_class_token": True,
+        "backbone_config.reshape_hidden_states": True,
+        "backbone_config.patch_size": 8,
+        "post_process_channels": [8, 16, 16, 32],
     },
     "clvp_encoder": {"hidden_size": 64, "num_attention_heads": 2},
     "clvp_decoder": {"hidden_size": 64, "num_attention_heads": 2},
     "depth_pro": {
-        **_DEPTH_PRO, "patch_size": 32, "intermediate_hook_ids": [1, 0], "intermediate_feature_dims": [16, 16],
-        "scaled_images_feature_dims": [32, 32, 16], "merge_padding_value": 1,
+        **_DEPTH_PRO,
+        "patch_size": 32,
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [32, 32, 16],
+        "merge_padding_value": 1,
     },
     "emu3": {"vocabulary_map": _IMAGE_WORDS},
-    "esmfold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1},
     "gemma4_assistant": {
-        "text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0,
-        "text_config.num_kv_shared_layers": 2, "text_config.use_double_wide_mlp": False,
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.vocab_size_per_layer_input": 0,
+        "text_config.num_kv_shared_layers": 2,
+        "text_config.use_double_wide_mlp": False,
     },
     "gemma3n_vision": {"architecture": "test_resnet"},
     "granite4_vision": {
-        "deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2", "vision_config.hidden_size": 64, "vision_config.num_attention_heads": 2,
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "vision_config.hidden_size": 64,
+        "vision_config.num_attention_heads": 2,
     },
     "inkling_vision": {"patch_size": 4, "temporal_patch_size": 2},
     "lw_detr_vit": {"out_indices": [1, 2], "num_windows": 4},
@@ -74,22 +87,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}, "layer_types": _BOTH},
     "perception_lm": {"vision_config.architecture": "test_vit", "vision_config.model_args": {"embed_dim": 64}},
     "phi4_multimodal_audio": {
-        "ext_pw_out_channel": WIDTH, "depthwise_separable_out_channel": WIDTH, "nemo_conv_channels": WIDTH,
-        "num_attention_heads": 4, "input_size": 80,
+        "ext_pw_out_channel": WIDTH,
+        "depthwise_separable_out_channel": WIDTH,
+        "nemo_conv_channels": WIDTH,
+        "num_attention_heads": 4,
+        "input_size": 80,
     },
     "pp_ocrv5_server_det": {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
     "pp_ocrv6_medium_det": {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
-    "qwen3_asr_encoder": {"n_window": 16, "n_window_infer": 64},
-    "qwen3_omni_moe_audio_encoder": {"n_window": 16, "n_window_infer": 64},
+    "qwen3_asr_encoder": _WINDOWS,
+    "qwen3_omni_moe_audio_encoder": _WINDOWS,
     "qwen2_5_omni_audio_encoder": {"n_window": 16},
-    "tvp": {"visual_prompt_size": 8, "max_img_size": 32, "num_frames": 2},
+    "tvp": {"visual_prompt_size": 16, "max_img_size": 64, "num_frames": 2},
+    "pp_lcnet_v4": {
+        "stem_channels": [3, 8, 16],
+        "block_configs": [[[3, 16, 16, 1, False]], [[3, 16, 32, 2, False]], [[3, 32, 64, 2, True]], [[5, 64, 64, 2, False]]],
+    },
+    "esmfold2_spatial_transformer": {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1},
     "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
+    "kimi_k25_vision": {"pos_emb_height": 16, "pos_emb_width": 16},
+    "janus_vqgan": {"num_patches": 4},
+    "instructblipvideo": {"video_token_index": 10},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, WIDTH]},
+    "pp_ocrv6_small_det": {"layer_list_out_channels": [16, 32, 64, 64]},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
     "oneformer": {"task_seq_len": TOKENS, "text_encoder_context_length": TOKENS},
-    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False},
+    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [32, 48, 64]},
     "align_vision_model": _EFFICIENT,
     "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "hgnet_v2": {
         "stem_channels": [3, 8, 16],
@@ -114,7 +139,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0},
     "slanext": {"post_conv_in_channels": WIDTH},
     "slanext_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
-    "vitmatte": {"backbone_config.num_channels": 4, "convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [32, 16, 8, 8]},
+    "vitmatte": {
+        "backbone_config.num_channels": 4,
+        "backbone_config.patch_size": 16,
+        "convstream_hidden_sizes": [8, 16, 24],
+        "fusion_hidden_sizes": [32, 16, 8, 8],
+    },
     "xmod": {"default_language": "en_XX"},
     "diffusion_gemma_text": {**_GEMMA4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}},
@@ -346,7 +376,7 @@ def _retrieved(config: Any) -> dict[str, Any]:
     return {
         "input_ids": ids(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long), "n_docs": 2,
         "context_input_ids": ids(BATCH * 2, TOKENS), "context_attention_mask": torch.ones(BATCH * 2, TOKENS, dtype=torch.long),
-        "doc_scores": torch.randn(BATCH, 2), "decoder_input_ids": ids(BATCH * 2, 6),
+        "doc_scores": torch.randn(BATCH, 2), "decoder_input_ids": ids(BATCH, 6),
     }  # fmt: skip
 
 
@@ -361,6 +391,13 @@ def _classes(config: Any) -> dict[str, Any]:
 def _times(config: Any) -> dict[str, Any]:
     pixels = torch.randn(BATCH * 16, config.patch_temporal * config.patch_size**2 * 3)
     return {"pixel_values": pixels, "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
+
+
+def _choices(config: Any) -> dict[str, Any]:
+    return {
+        "input_ids": ids(1, TOKENS), "marks": torch.tensor([[5, 9]]), "num_options": torch.tensor([[2, 2]]),
+        "question_type_ids": torch.tensor([[0, 0]]),
+    }  # fmt: skip
 
 
 # Inputs from the model's config.
@@ -386,41 +423,59 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "pixel_values": torch.randn(BATCH, config.temporal_patch_size, config.patch_size, config.patch_size, config.num_channels),
     },
     "pi0": _cameras,
+    "blt_local_encoder": lambda config: {
+        "input_ids": ids(),
+        "num_patches": 3,
+        "patch_ids": torch.arange(3).repeat_interleave(4).expand(BATCH, TOKENS),
+        "patch_embeds": None,
+    },
+    "instructblipvideo": lambda config: {
+        "pixel_values": torch.randn(BATCH, 2, 3, 32, 32),
+        "qformer_input_ids": ids(BATCH, 5),
+        "input_ids": torch.cat([torch.full((BATCH, 2 * config.num_query_tokens), 10), ids(BATCH, 4)], 1),
+    },
+    "jev": _choices,
     "rag": _retrieved,
     "omdet-turbo": _classes,
     "phi4_multimodal_audio": lambda config: {
-        "hidden_states": torch.randn(BATCH, 64, config.input_size), "mask": torch.ones(BATCH, 64, dtype=torch.bool),
+        "hidden_states": torch.randn(BATCH, 64, config.input_size),
+        "mask": torch.ones(BATCH, 64, dtype=torch.bool),
     },
     "qwen2_5_omni_dit": _denoising,
     "qwen2_5_omni_token2wav": lambda config: {
-        "code": torch.randint(0, 16, (1, 6)), "conditioning": torch.randn(1, config.dit_config.enc_emb_dim),
-        "reference_mel": torch.randn(1, TOKENS, config.dit_config.mel_dim), "num_steps": 2,
+        "code": torch.randint(0, 16, (1, 6)),
+        "conditioning": torch.randn(1, config.dit_config.enc_emb_dim),
+        "reference_mel": torch.randn(1, TOKENS, config.dit_config.mel_dim),
+        "num_steps": 2,
     },
     "qwen3_omni_moe_talker_code_predictor": _embeds("inputs_embeds"),
     "qwen3_omni_moe_talker_text": _embeds("inputs_embeds"),
     "qwen3_asr_encoder": lambda config: {
-        "input_features": torch.randn(BATCH, config.num_mel_bins, 64),
-        "input_features_mask": torch.ones(BATCH, 64, dtype=torch.long),
+        "input_features": torch.randn(BATCH, config.num_mel_bins, 100),
+        "input_features_mask": torch.ones(BATCH, 100, dtype=torch.long),
     },
     "sam3_detr_encoder": _levels,
     "sam3_lite_text_detr_encoder": _levels,
     "sam3_lite_text_mask_decoder": _mask_decoder,
     "sam3_mask_decoder": _mask_decoder,
     "tvp": lambda config: {
-        "input_ids": ids(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
-        "pixel_values": torch.randn(BATCH, config.num_frames, 3, 32, 32),
+        "input_ids": ids(),
+        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
+        "pixel_values": torch.randn(BATCH, config.num_frames, 3, 64, 64),
     },
     "unlimited_ocr_vision_encoder": lambda config: {"patch_embeds": torch.randn(BATCH, config.hidden_size, 4, 4)},
     "vibevoice_acoustic_tokenizer_decoder": lambda config: {"hidden_states": torch.randn(BATCH, config.hidden_size, 6)},
     "vibevoice_acoustic_tokenizer_encoder": lambda config: {"hidden_states": torch.randn(BATCH, 1, 6400)},
     "video_llama_3_vision": lambda config: {
-        "pixel_values": torch.randn(BATCH * 16, 3 * config.patch_size**2), "grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+        "pixel_values": torch.randn(BATCH * 16, 3 * config.patch_size**2),
+        "grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
         "merge_sizes": torch.tensor([2] * BATCH),
     },
     "vitmatte": lambda config: {"pixel_values": torch.randn(BATCH, 4, 64, 64)},
     "xclip_vision_model": lambda config: {"pixel_values": torch.randn(config.num_frames, 3, 32, 32)},
     "kosmos_2_5_vision_model": lambda config: {
-        "hidden_states": torch.randn(BATCH, TOKENS, config.hidden_size), "attention_mask": torch.ones(BATCH, TOKENS),
+        "hidden_states": torch.randn(BATCH, TOKENS, config.hidden_size),
+        "attention_mask": torch.ones(BATCH, TOKENS),
     },
     "minicpm_ocr_vision": _sized,
     "minicpmv4_6_vision": _sized,
@@ -429,9 +484,12 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "image_features": torch.randn(BATCH, 16, config.hidden_size * len(config.vision_feature_layer)),
         "pooled_patches_idx": torch.randint(0, 32, (8, 4)),
     },
-    "molmo2_vision": lambda config: {"pixel_values": torch.randn(BATCH, config.num_position_embeddings, 3 * config.patch_size**2)},
+    "molmo2_vision": lambda config: {
+        "pixel_values": torch.randn(BATCH, config.num_position_embeddings, 3 * config.patch_size**2)
+    },
     "moshi_depth": lambda config: {
-        "input_ids": ids(BATCH, 4, high=16), "last_hidden_state": torch.randn(BATCH, 1, config.input_size),
+        "input_ids": ids(BATCH, 4, high=16),
+        "last_hidden_state": torch.randn(BATCH, 1, config.input_size),
     },
     "muse_glimmer_assistant": lambda config: {
         "noise_embeds": torch.randn(BATCH, 4, config.hidden_size),

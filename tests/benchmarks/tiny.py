@@ -327,11 +327,12 @@ def _equal(one: Any, two: Any) -> bool:
 
 @dataclass
 class Tiny:
-    """A model that runs on these inputs."""
+    """A model that runs on these inputs, and what is given to `transform` besides."""
 
     model: nn.Module
     inputs: Any
     rule: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build(kind: str) -> Tiny:
@@ -431,6 +432,8 @@ def runnable(model: nn.Module, kind: str) -> dict[str, Any]:
                 return _typed(model, inputs)
             except Exception as error:  # noqa: BLE001  that is how it is found out
                 errors.append(error)
+                if isinstance(error, AttributeError) and _given(model.config, str(error)):
+                    continue
                 again = _mended(model, inputs, str(error))
                 if again is None or all(again[name] is inputs.get(name) for name in again):
                     break
