@@ -33,6 +33,7 @@ _HGNET_DETR = {**_DETR, "encoder_in_channels": [64, 128, 256]}
 _CODEC = {"upsample_groups": WIDTH}
 
 _IMAGE_WORDS = {"<image>": 10, "<|extra_200|>": 11, "IMGIMGAZ": 12, "IMGIMGBZ": 13, "<|visual token 000000|>": 14}
+_STAGES = [f"stage{i}" for i in range(1, 5)]
 _RATIOS = {"long": 7, "mid": 5, "short": 3}
 _ROPE = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}
 _STRIPES = {
@@ -94,7 +95,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "input_size": 80,
     },
     "pp_ocrv5_server_det": {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
-    "pp_ocrv6_medium_det": {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
+    "pp_ocrv6_medium_det": {
+        "backbone_config.out_features": _STAGES,
+        "intraclass_block_config": _STRIPES,
+        "scale_factor_list": [1, 2, 4, 8],
+        "kernel_list": [3, 2, 2],
+    },
     "qwen3_asr_encoder": _WINDOWS,
     "qwen3_omni_moe_audio_encoder": _WINDOWS,
     "qwen2_5_omni_audio_encoder": {"n_window": 16},
@@ -103,16 +109,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "stem_channels": [3, 8, 16],
         "block_configs": [[[3, 16, 16, 1, False]], [[3, 16, 32, 2, False]], [[3, 32, 64, 2, True]], [[5, 64, 64, 2, False]]],
     },
-    "esmfold2_spatial_transformer": {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 1},
     "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
     "kimi_k25_vision": {"pos_emb_height": 16, "pos_emb_width": 16},
     "janus_vqgan": {"num_patches": 4},
     "instructblipvideo": {"video_token_index": 10},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, WIDTH]},
-    "pp_ocrv6_small_det": {"layer_list_out_channels": [16, 32, 64, 64]},
+    "pp_ocrv6_small_det": {"layer_list_out_channels": [16, 32, 64, 64], "backbone_config.out_features": _STAGES},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
     "oneformer": {"task_seq_len": TOKENS, "text_encoder_context_length": TOKENS},
-    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [32, 48, 64]},
+    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [32, 48, 192]},
     "align_vision_model": _EFFICIENT,
     "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
@@ -185,7 +190,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
     "cvt": {"drop_path_rate": [0.0, 0.0, 0.0], "embed_dim": [16, 32, 64], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
-    "zamba": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "superpoint": {
+        "keypoint_decoder_dim": 65,
+        "descriptor_decoder_dim": WIDTH,
+        "encoder_hidden_sizes": [8, 8, 16, 16],
+        "decoder_hidden_size": WIDTH,
+        "max_keypoints": 16,
+    },
+    "superglue": {"hidden_size": WIDTH, "keypoint_encoder_sizes": [8, 16]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 80},
+    "fastspeech2_conformer_hifigan": {"upsample_initial_channel": WIDTH},
+    "speecht5_hifigan": {"upsample_initial_channel": WIDTH},
+    "fastspeech2_conformer": {"num_mel_bins": 80},
+    "dots3_note_text": {"layer_types": ["indexed_attention", "indexed_attention"], "per_layer_config": {}},
+    "dots3_note_vision_encoder": {"per_layer_config": {}},
+    "edgetam_vision_model": {
+        "backbone_config.architecture": "test_convnext",
+        "backbone_channel_list": [64, 48, 32, 24],
+        "backbone_config.model_args": {"features_only": True, "out_indices": [0, 1, 2, 3]},
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 # Arguments of the config that is cut, for types whose class has no defaults that it takes.
@@ -423,6 +449,8 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "pixel_values": torch.randn(BATCH, config.temporal_patch_size, config.patch_size, config.patch_size, config.num_channels),
     },
     "pi0": _cameras,
+    "superglue": lambda config: {"pixel_values": torch.randn(BATCH, 2, 3, 64, 64)},
+    "voxtral_realtime": lambda config: {"input_ids": ids(), "input_features": torch.randn(BATCH, 128, 96)},
     "blt_local_encoder": lambda config: {
         "input_ids": ids(),
         "num_patches": 3,
@@ -458,10 +486,10 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "sam3_lite_text_detr_encoder": _levels,
     "sam3_lite_text_mask_decoder": _mask_decoder,
     "sam3_mask_decoder": _mask_decoder,
-    "tvp": lambda config: {
-        "input_ids": ids(),
-        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
-        "pixel_values": torch.randn(BATCH, config.num_frames, 3, 64, 64),
+    "tvp": lambda config: {  # one video: it does not repeat its places over several
+        "input_ids": ids(1, TOKENS),
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
+        "pixel_values": torch.randn(1, config.num_frames, 3, 64, 64),
     },
     "unlimited_ocr_vision_encoder": lambda config: {"patch_embeds": torch.randn(BATCH, config.hidden_size, 4, 4)},
     "vibevoice_acoustic_tokenizer_decoder": lambda config: {"hidden_states": torch.randn(BATCH, config.hidden_size, 6)},
