@@ -60,7 +60,7 @@ def run(family: str, name: str, onnx: bool = False, build_only: bool = False) ->
         else:
             built = (tiny if family == "transformers" else families).build(name)
             row.model, row.notes = type(built.model).__name__, [built.rule]
-            row = row if build_only else judge(row, built.model, built.inputs, onnx=onnx)
+            row = row if build_only else judge(row, built.model, built.inputs, built.options, onnx)
             row.outcome = RIGHT if build_only else row.outcome
     except (tiny.CannotBuild, families.CannotBuild) as error:
         row.outcome, row.reason = UNUSABLE, str(error)

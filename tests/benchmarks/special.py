@@ -24,6 +24,7 @@ _HIERA = {
 }  # fmt: skip
 _HIERA_NECK = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
+_WINDOWS = {"n_window": 50, "n_window_infer": 200}
 _DETR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [32, 32, 32], "encoder_hidden_dim": 32, "num_denoising": 0}
 _STREAM = {"chunk_length": 16, "chunk_right_context": 4}
 _SAM = {"image_size": 64, "patch_size": 16, "output_channels": WIDTH, "num_pos_feats": 16, "global_attn_indexes": [1]}
@@ -31,13 +32,95 @@ _SAM_PROMPT = {"image_size": 64, "patch_size": 16, "image_embedding_size": 4, "h
 _HGNET_DETR = {**_DETR, "encoder_in_channels": [64, 128, 256]}
 _CODEC = {"upsample_groups": WIDTH}
 
-# Fields that are set in every config of this type, wherever it stands.
+_IMAGE_WORDS = {"<image>": 10, "<|extra_200|>": 11, "IMGIMGAZ": 12, "IMGIMGBZ": 13, "<|visual token 000000|>": 14}
+_STAGES = [f"stage{i}" for i in range(1, 5)]
+_RATIOS = {"long": 7, "mid": 5, "short": 3}
+_ROPE = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}
+_STRIPES = {
+    "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0],
+    **{f"vertical_long_to_small_conv_{name}ratio": [[n, 1], 1, [n // 2, 0]] for name, n in _RATIOS.items()},
+    **{f"horizontal_small_to_long_conv_{name}ratio": [[1, n], 1, [0, n // 2]] for name, n in _RATIOS.items()},
+    **{f"symmetric_conv_long_{name}ratio": [[n, n], 1, [n // 2, n // 2]] for name, n in _RATIOS.items()},
+}  # fmt: skip
+_DEPTH_PRO = {f"{part}_model_config.image_size": 32 for part in ("image", "patch", "fov")}
+
+# Fields that are set in every config of this type, wherever it stands; with dots, in this sub-config of it alone.
 CONFIGS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": _IMAGE_WORDS},
+    "chmv2": {
+        "backbone_config.out_indices": [1, 2, 3, 4],
+        "backbone_config.num_hidden_layers": 4,
+        "patch_size": 8,
+        "backbone_config.return_class_token": True,
+        "backbone_config.reshape_hidden_states": True,
+        "backbone_config.patch_size": 8,
+        "post_process_channels": [8, 16, 16, 32],
+    },
+    "clvp_encoder": {"hidden_size": 64, "num_attention_heads": 2},
+    "clvp_decoder": {"hidden_size": 64, "num_attention_heads": 2},
+    "depth_pro": {
+        **_DEPTH_PRO,
+        "patch_size": 32,
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [32, 32, 16],
+        "merge_padding_value": 1,
+    },
+    "emu3": {"vocabulary_map": _IMAGE_WORDS},
+    "gemma4_assistant": {
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.vocab_size_per_layer_input": 0,
+        "text_config.num_kv_shared_layers": 2,
+        "text_config.use_double_wide_mlp": False,
+    },
+    "gemma3n_vision": {"architecture": "test_resnet"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "vision_config.hidden_size": 64,
+        "vision_config.num_attention_heads": 2,
+    },
+    "inkling_vision": {"patch_size": 4, "temporal_patch_size": 2},
+    "lw_detr_vit": {"out_indices": [1, 2], "num_windows": 4},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "molmo2_vision": {"image_size": [32, 32]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}, "layer_types": _BOTH},
+    "perception_lm": {"vision_config.architecture": "test_vit", "vision_config.model_args": {"embed_dim": 64}},
+    "phi4_multimodal_audio": {
+        "ext_pw_out_channel": WIDTH,
+        "depthwise_separable_out_channel": WIDTH,
+        "nemo_conv_channels": WIDTH,
+        "num_attention_heads": 4,
+        "input_size": 80,
+    },
+    "pp_ocrv5_server_det": {"intraclass_block_config": _STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
+    "pp_ocrv6_medium_det": {
+        "backbone_config.out_features": _STAGES,
+        "intraclass_block_config": _STRIPES,
+        "scale_factor_list": [1, 2, 4, 8],
+        "kernel_list": [3, 2, 2],
+    },
+    "qwen3_asr_encoder": _WINDOWS,
+    "qwen3_omni_moe_audio_encoder": _WINDOWS,
+    "qwen2_5_omni_audio_encoder": {"n_window": 16},
+    "tvp": {"visual_prompt_size": 16, "max_img_size": 64, "num_frames": 2},
+    "pp_lcnet_v4": {
+        "stem_channels": [3, 8, 16],
+        "block_configs": [[[3, 16, 16, 1, False]], [[3, 16, 32, 2, False]], [[3, 32, 64, 2, True]], [[5, 64, 64, 2, False]]],
+    },
+    "uvdoc": {"backbone_config.out_features": [f"stage{i}" for i in range(1, 7)]},
+    "kimi_k25_vision": {"pos_emb_height": 16, "pos_emb_width": 16},
+    "janus_vqgan": {"num_patches": 4},
+    "instructblipvideo": {"video_token_index": 10},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, WIDTH]},
+    "pp_ocrv6_small_det": {"layer_list_out_channels": [16, 32, 64, 64], "backbone_config.out_features": _STAGES},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 6400},
+    "oneformer": {"task_seq_len": TOKENS, "text_encoder_context_length": TOKENS},
+    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [32, 48, 192]},
     "align_vision_model": _EFFICIENT,
     "autoformer": {**_SERIES, "moving_average": 3, "label_length": 4},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]]},
     "hgnet_v2": {
         "stem_channels": [3, 8, 16],
         "stage_in_channels": [16, 32, 64, 128],
@@ -61,7 +144,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0},
     "slanext": {"post_conv_in_channels": WIDTH},
     "slanext_vision": {"output_channels": WIDTH, "post_conv_in_channels": WIDTH},
-    "vitmatte": {"convstream_hidden_sizes": [8, 16, 24], "fusion_hidden_sizes": [32, 16, 8, 8]},
+    "vitmatte": {
+        "backbone_config.num_channels": 4,
+        "backbone_config.patch_size": 16,
+        "convstream_hidden_sizes": [8, 16, 24],
+        "fusion_hidden_sizes": [32, 16, 8, 8],
+    },
     "xmod": {"default_language": "en_XX"},
     "diffusion_gemma_text": {**_GEMMA4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]}},
@@ -102,11 +190,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1, 1, 1, 1, 1, 1, 1]},
     "cvt": {"drop_path_rate": [0.0, 0.0, 0.0], "embed_dim": [16, 32, 64], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
-    "zamba": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "superpoint": {
+        "keypoint_decoder_dim": 65,
+        "descriptor_decoder_dim": WIDTH,
+        "encoder_hidden_sizes": [8, 8, 16, 16],
+        "decoder_hidden_size": WIDTH,
+        "max_keypoints": 16,
+    },
+    "superglue": {"hidden_size": WIDTH, "keypoint_encoder_sizes": [8, 16]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config.model_in_dim": 80},
+    "fastspeech2_conformer_hifigan": {"upsample_initial_channel": WIDTH},
+    "speecht5_hifigan": {"upsample_initial_channel": WIDTH},
+    "fastspeech2_conformer": {"num_mel_bins": 80},
+    "dots3_note_text": {"layer_types": ["indexed_attention", "indexed_attention"], "per_layer_config": {}},
+    "dots3_note_vision_encoder": {"per_layer_config": {}},
+    "edgetam_vision_model": {
+        "backbone_config.architecture": "test_convnext",
+        "backbone_channel_list": [64, 48, 32, 24],
+        "backbone_config.model_args": {"features_only": True, "out_indices": [0, 1, 2, 3]},
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
-# Whole configs, for types whose class needs arguments.
-MODELS: dict[str, Callable[[], Any]] = {}
+# Arguments of the config that is cut, for types whose class has no defaults that it takes.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    },
+}
 # Classes to try before those of the auto mappings.
 CLASSES: dict[str, list[str]] = {"musicgen_decoder": ["MusicgenModel"]}
 # Types that run only without fused attention.
@@ -238,8 +351,185 @@ def _conformed(config: Any) -> dict[str, Any]:
     return {"input_features": torch.randn(BATCH, 32, width), "input_features_mask": masks}
 
 
+def _embeds(*names: str, width: str = "hidden_size") -> Callable[[Any], dict[str, Any]]:
+    return lambda config: {name: torch.randn(BATCH, TOKENS, getattr(config, width)) for name in names}
+
+
+def _sized(config: Any) -> dict[str, Any]:
+    size = config.patch_size
+    return {"pixel_values": torch.randn(1, 3, size, BATCH * 16 * size), "target_sizes": torch.tensor([[4, 4]] * BATCH)}
+
+
+def _cameras(config: Any) -> dict[str, Any]:
+    size, vlm = config.vlm_config.vision_config.image_size, config.vlm_config
+    patches = (size // vlm.vision_config.patch_size) ** 2
+    images = torch.full((BATCH, patches), vlm.image_token_id)
+    tokens = torch.cat([images, ids(BATCH, 4, high=vlm.text_config.vocab_size)], 1)
+    return {
+        "action_embeds": torch.randn(BATCH, 4, config.dit_config.hidden_size), "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens), "pixel_values": torch.randn(BATCH, 1, 3, size, size),
+        "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def _denoising(config: Any) -> dict[str, Any]:
+    mels = torch.randn(BATCH, TOKENS, config.mel_dim)
+    return {
+        "hidden_states": mels, "condition_vector": torch.randn(BATCH, TOKENS, config.mel_dim),
+        "speaker_embedding": torch.randn(BATCH, TOKENS, config.enc_emb_dim), "time_step": torch.rand(BATCH),
+        "quantized_code": torch.randint(0, 16, (BATCH, TOKENS // config.repeats)), "apply_cfg": False,
+    }  # fmt: skip
+
+
+def _mask_decoder(config: Any) -> dict[str, Any]:
+    width, sizes = config.hidden_size, (16, 8, 4)
+    return {
+        "decoder_queries": torch.randn(BATCH, 4, width), "encoder_hidden_states": torch.randn(BATCH, 16, width),
+        "backbone_features": [torch.randn(BATCH, width, size, size) for size in sizes],
+        "prompt_features": torch.randn(BATCH, 3, width),
+    }  # fmt: skip
+
+
+def _levels(config: Any) -> dict[str, Any]:
+    width = config.hidden_size
+    return {
+        "vision_features": [torch.randn(BATCH, width, 4, 4)], "vision_pos_embeds": [torch.randn(BATCH, width, 4, 4)],
+        "text_features": torch.randn(BATCH, 5, width), "text_mask": torch.ones(BATCH, 5, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def _retrieved(config: Any) -> dict[str, Any]:
+    return {
+        "input_ids": ids(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long), "n_docs": 2,
+        "context_input_ids": ids(BATCH * 2, TOKENS), "context_attention_mask": torch.ones(BATCH * 2, TOKENS, dtype=torch.long),
+        "doc_scores": torch.randn(BATCH, 2), "decoder_input_ids": ids(BATCH, 6),
+    }  # fmt: skip
+
+
+def _classes(config: Any) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.randn(BATCH, 3, 64, 64), "classes_input_ids": ids(3 * BATCH, 4),
+        "classes_attention_mask": torch.ones(3 * BATCH, 4, dtype=torch.long), "tasks_input_ids": ids(BATCH, 4),
+        "tasks_attention_mask": torch.ones(BATCH, 4, dtype=torch.long), "classes_structure": torch.tensor([3] * BATCH),
+    }  # fmt: skip
+
+
+def _times(config: Any) -> dict[str, Any]:
+    pixels = torch.randn(BATCH * 16, config.patch_temporal * config.patch_size**2 * 3)
+    return {"pixel_values": pixels, "grid_thw": torch.tensor([[1, 4, 4]] * BATCH)}
+
+
+def _choices(config: Any) -> dict[str, Any]:
+    return {
+        "input_ids": ids(1, TOKENS), "marks": torch.tensor([[5, 9]]), "num_options": torch.tensor([[2, 2]]),
+        "question_type_ids": torch.tensor([[0, 0]]),
+    }  # fmt: skip
+
+
 # Inputs from the model's config.
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "blt_local_decoder": _embeds("inputs_embeds", "patch_embeds"),
+    "dia_decoder": lambda config: {
+        "input_ids": torch.randint(0, 16, (BATCH, 6, config.num_channels)),
+        "encoder_hidden_states": torch.randn(BATCH, TOKENS, config.cross_hidden_size),
+    },
+    "deepseek_ocr2_encoder": lambda config: {"inputs_embeds": torch.randn(BATCH, TOKENS, config.hidden_size), "num_patches": 6},
+    "gemma4_vision": lambda config: {
+        "pixel_values": torch.rand(BATCH, 36, 3 * config.patch_size**2),
+        "pixel_position_ids": torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(BATCH, 36, 2),
+    },
+    "granite_speech5_encoder": lambda config: {"input_features": torch.randn(BATCH, 32, config.num_mel_bins * 4)},
+    "granite_speech5_ctc": lambda config: {"input_features": torch.randn(BATCH, 32, config.encoder_config.num_mel_bins * 4)},
+    "inkling2_vision": lambda config: {
+        "pixel_values": torch.randn(BATCH * 4, *[config.patch_size * config.spatial_merge_size] * 2, config.num_channels),
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * BATCH),
+    },
+    "inkling_audio": lambda config: {"audio_input_ids": torch.randint(0, config.codebook_size, (BATCH, 6, config.num_codebooks))},
+    "inkling_vision": lambda config: {
+        "pixel_values": torch.randn(BATCH, config.temporal_patch_size, config.patch_size, config.patch_size, config.num_channels),
+    },
+    "pi0": _cameras,
+    "superglue": lambda config: {"pixel_values": torch.randn(BATCH, 2, 3, 64, 64)},
+    "voxtral_realtime": lambda config: {"input_ids": ids(), "input_features": torch.randn(BATCH, 128, 96)},
+    "blt_local_encoder": lambda config: {
+        "input_ids": ids(),
+        "num_patches": 3,
+        "patch_ids": torch.arange(3).repeat_interleave(4).expand(BATCH, TOKENS),
+        "patch_embeds": None,
+    },
+    "instructblipvideo": lambda config: {
+        "pixel_values": torch.randn(BATCH, 2, 3, 32, 32),
+        "qformer_input_ids": ids(BATCH, 5),
+        "input_ids": torch.cat([torch.full((BATCH, 2 * config.num_query_tokens), 10), ids(BATCH, 4)], 1),
+    },
+    "jev": _choices,
+    "rag": _retrieved,
+    "omdet-turbo": _classes,
+    "phi4_multimodal_audio": lambda config: {
+        "hidden_states": torch.randn(BATCH, 64, config.input_size),
+        "mask": torch.ones(BATCH, 64, dtype=torch.bool),
+    },
+    "qwen2_5_omni_dit": _denoising,
+    "qwen2_5_omni_token2wav": lambda config: {
+        "code": torch.randint(0, 16, (1, 6)),
+        "conditioning": torch.randn(1, config.dit_config.enc_emb_dim),
+        "reference_mel": torch.randn(1, TOKENS, config.dit_config.mel_dim),
+        "num_steps": 2,
+    },
+    "qwen3_omni_moe_talker_code_predictor": _embeds("inputs_embeds"),
+    "qwen3_omni_moe_talker_text": _embeds("inputs_embeds"),
+    "qwen3_asr_encoder": lambda config: {
+        "input_features": torch.randn(BATCH, config.num_mel_bins, 100),
+        "input_features_mask": torch.ones(BATCH, 100, dtype=torch.long),
+    },
+    "sam3_detr_encoder": _levels,
+    "sam3_lite_text_detr_encoder": _levels,
+    "sam3_lite_text_mask_decoder": _mask_decoder,
+    "sam3_mask_decoder": _mask_decoder,
+    "tvp": lambda config: {  # one video: it does not repeat its places over several
+        "input_ids": ids(1, TOKENS),
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
+        "pixel_values": torch.randn(1, config.num_frames, 3, 64, 64),
+    },
+    "unlimited_ocr_vision_encoder": lambda config: {"patch_embeds": torch.randn(BATCH, config.hidden_size, 4, 4)},
+    "vibevoice_acoustic_tokenizer_decoder": lambda config: {"hidden_states": torch.randn(BATCH, config.hidden_size, 6)},
+    "vibevoice_acoustic_tokenizer_encoder": lambda config: {"hidden_states": torch.randn(BATCH, 1, 6400)},
+    "video_llama_3_vision": lambda config: {
+        "pixel_values": torch.randn(BATCH * 16, 3 * config.patch_size**2),
+        "grid_thw": torch.tensor([[1, 4, 4]] * BATCH),
+        "merge_sizes": torch.tensor([2] * BATCH),
+    },
+    "vitmatte": lambda config: {"pixel_values": torch.randn(BATCH, 4, 64, 64)},
+    "xclip_vision_model": lambda config: {"pixel_values": torch.randn(config.num_frames, 3, 32, 32)},
+    "kosmos_2_5_vision_model": lambda config: {
+        "hidden_states": torch.randn(BATCH, TOKENS, config.hidden_size),
+        "attention_mask": torch.ones(BATCH, TOKENS),
+    },
+    "minicpm_ocr_vision": _sized,
+    "minicpmv4_6_vision": _sized,
+    "minicpmv4_7_vision": _sized,
+    "molmo2_adapter": lambda config: {
+        "image_features": torch.randn(BATCH, 16, config.hidden_size * len(config.vision_feature_layer)),
+        "pooled_patches_idx": torch.randint(0, 32, (8, 4)),
+    },
+    "molmo2_vision": lambda config: {
+        "pixel_values": torch.randn(BATCH, config.num_position_embeddings, 3 * config.patch_size**2)
+    },
+    "moshi_depth": lambda config: {
+        "input_ids": ids(BATCH, 4, high=16),
+        "last_hidden_state": torch.randn(BATCH, 1, config.input_size),
+    },
+    "muse_glimmer_assistant": lambda config: {
+        "noise_embeds": torch.randn(BATCH, 4, config.hidden_size),
+        "context_hidden_states": torch.randn(BATCH, 6, config.hidden_size * len(config.target_layer_ids)),
+    },
+    "muse_glimmer_vision": _times,
+    "muse_spark_vision": _times,
+    "muse_spark_audio": lambda config: {"input_values": torch.randn(BATCH, 9600)},
+    "dots3_note_audio_encoder": lambda config: {
+        "input_features": torch.randn(BATCH, config.feature_size, 32),
+        "chunk_sample_lengths": torch.tensor([32 * config.hop_length] * BATCH),
+    },
     "autoformer": _series,
     "decision_transformer": _decisions,
     "dia": _dia,

@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,6 +30,7 @@ LARGEST = 15_000_000  # parameters: 60 MB in float32
 TOKENS = 12
 BATCH = 2
 HEADS, HEAD = 4, 8
+_NOTHING: Mapping[str, Any] = {}
 _HEADS_FIRST = ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_BACKBONE_MAPPING_NAMES")
 
 
@@ -230,9 +231,13 @@ def _token(name: str, value: Any) -> Any:
     return _TOKENS.setdefault(alias, 3 + len(_TOKENS) % (special.FIRST_ID - 4))
 
 
-def shrunk(config: PreTrainedConfig, rule: Callable[[str, Any], Any], path: str = "") -> PreTrainedConfig:
-    """The config of the same class with small sizes; what the class derives from other fields is derived again."""
+def shrunk(config: PreTrainedConfig, rule: Callable[[str, Any], Any], over: Mapping[str, Any] = _NOTHING) -> PreTrainedConfig:
+    """The config of the same class with small sizes; what the class derives from other fields is derived again.
+
+    `over`: fields that are set in any case, with dots where they are a sub-config's.
+    """
     kind = type(config)
+    over = {**special.CONFIGS.get(kind.model_type, {}), **over}
     changed: dict[str, Any] = {}
     try:
         fresh = kind()
@@ -241,7 +246,8 @@ def shrunk(config: PreTrainedConfig, rule: Callable[[str, Any], Any], path: str 
     for field in dataclasses.fields(kind):
         value = read(config, field.name)
         if isinstance(value, PreTrainedConfig):
-            changed[field.name] = shrunk(value, rule)
+            below = {name.partition(".")[2]: item for name, item in over.items() if name.startswith(f"{field.name}.")}
+            changed[field.name] = shrunk(value, rule, below)
             continue
         if value is None and isinstance(field.default, int):  # it differs from layer to layer
             value = field.default
@@ -270,8 +276,7 @@ def shrunk(config: PreTrainedConfig, rule: Callable[[str, Any], Any], path: str 
     changed |= _taps(config, fresh, changed)
     if {"kv_lora_rank", "qk_nope_head_dim"} & changed.keys() and "num_key_value_heads" in changed:
         changed["num_key_value_heads"] = changed["num_attention_heads"]  # latent attention has no fewer
-    changed |= special.CONFIGS.get(kind.model_type, {})
-    return kind(**changed)
+    return kind(**changed | {name: value for name, value in over.items() if "." not in name})
 
 
 def _taps(config: Any, fresh: Any, changed: dict[str, Any]) -> dict[str, Any]:
@@ -322,11 +327,12 @@ def _equal(one: Any, two: Any) -> bool:
 
 @dataclass
 class Tiny:
-    """A model that runs on these inputs."""
+    """A model that runs on these inputs, and what is given to `transform` besides."""
 
     model: nn.Module
     inputs: Any
     rule: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build(kind: str) -> Tiny:
@@ -351,8 +357,7 @@ def build(kind: str) -> Tiny:
 
 
 def _instance(kind: str, model_class: Any, rule: Any) -> nn.Module:
-    make = special.MODELS.get(kind)
-    config = make() if make else shrunk(CONFIG_MAPPING[kind](), rule)
+    config = shrunk(CONFIG_MAPPING[kind](**special.ARGUMENTS.get(kind, {})), rule)
     for _ in range(6):
         try:
             with torch.device("meta"):
@@ -427,6 +432,8 @@ def runnable(model: nn.Module, kind: str) -> dict[str, Any]:
                 return _typed(model, inputs)
             except Exception as error:  # noqa: BLE001  that is how it is found out
                 errors.append(error)
+                if isinstance(error, AttributeError) and _given(model.config, str(error)):
+                    continue
                 again = _mended(model, inputs, str(error))
                 if again is None or all(again[name] is inputs.get(name) for name in again):
                     break
