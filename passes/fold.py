@@ -39,6 +39,10 @@ class Fold:
             raise RewriteError(
                 f"{type(graph.module).__name__} carries no adapters: there is nothing to fold. Transform it first."
             )
+        if not all(state.enabled for _, _, state in states):
+            raise RewriteError(
+                "The adapters are switched off here (sarac.disabled), so there is nothing to fold: leave that block."
+            )
         if not self.partial:
             _require_foldable([slot for _, _, state in states for slot in state.slots.values()], self.gates or {})
         record = record_of(graph.module)

@@ -57,7 +57,7 @@ def analyze(
     trust_pickle: take.Trust = False,
     as_json: take.Json = False,
 ) -> None:
-    """Show the threshold rank k of every linear weight of a model, and why others are left out.
+    """Show the threshold rank k of every linear weight of a model.
 
     With --input the whole model is captured on such inputs as well: calls, FLOPs and depth come into the JSON.
     """

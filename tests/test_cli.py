@@ -163,6 +163,7 @@ def test_analyze_shows_what_the_library_measures(work: Path, tmp_path: Path, mon
     assert "flops" not in half["sites"][0]
     seen = told("analyze", work / "llama", "--where", "*q_proj*", "--input", "input_ids:int64[2,5]")
     assert [(row["calls"], row["flops"]) for row in seen["sites"]] == [(1, 2 * 10 * 16 * 16)] * 2
+    monkeypatch.setenv("COLUMNS", "130")
     shown = run("analyze", work / "llama", "--plot", tmp_path / "k.png")
     assert "14 linear sites" in shown.stdout
     assert "that are left out" in shown.stdout
@@ -170,7 +171,6 @@ def test_analyze_shows_what_the_library_measures(work: Path, tmp_path: Path, mon
     assert "model.layers.*.mlp.down_proj.weight" in shown.stdout
     assert "model.layers.1.mlp.down_proj.weight" in shown.stderr
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setenv("COLUMNS", "130")
     by_site = run("analyze", work / "llama", "--sites", "--where", "*.0.mlp.*").stdout
     assert "model.layers.0.mlp.up_proj.weight" in by_site
     assert "`where` leaves it out" in by_site

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from zoo import VOCABULARY, bert, close, differ, ids, llama, mlp, outputs, same, shake, t5
+from zoo import VOCABULARY, bert, close, differ, ids, llama, mlp, outputs, same, shake, t5, torchvision_operator
 
 import sarac
 from sarac.ir import weight
@@ -182,7 +182,7 @@ def test_offloaded_weights_are_told() -> None:
 
 
 def quantised(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.library.Library("torchvision", "FRAGMENT").define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_operator()
     torchao = pytest.importorskip("torchao.quantization")
     model = build()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())

@@ -1,5 +1,6 @@
 """Small models of every kind that the foundation promises to handle, and the few steps that nearly every test takes."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,6 +19,14 @@ from sarac.passes.rewrite import Rewrite
 from sarac.trace import trace
 
 VOCABULARY = 32
+_LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the library that defined it
+
+
+def torchvision_operator() -> None:
+    """Define the operator without which an installed torchvision does not import beside torch's CPU build."""
+    if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
+        _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+        _LIBRARIES[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def adapt(model: nn.Module, plan: Any = "threshold:0.6", *, checked: bool = True, seed: int = 0, **choice: Any) -> nn.Module:
@@ -118,6 +127,9 @@ CALLS = {
     "addmm_method": Call(lambda x, w, b: b.addmm(x, w), True),
     "left": Call(lambda x, w, b: (w @ x.mT).mT, False),
     "left_t": Call(lambda x, w, b: torch.matmul(w.t(), x.mT).mT + b, True),
+    "matmul_by_name": Call(lambda x, w, b: torch.matmul(input=x, other=w) + b, True),
+    "linalg_matmul": Call(lambda x, w, b: torch.linalg.matmul(x, w), True),
+    "addmm_left": Call(lambda x, w, b: torch.addmm(b[:, None], w, x.mT).mT, False, "weight"),
     "einsum": Call(lambda x, w, b: torch.einsum("ti,oi->to", x, w), False),
     "einsum_rest": Call(lambda x, w, b: torch.einsum("io,...i->...o", w, x) + b, True),
     "sliced": Call(lambda x, w, b: F.linear(x, torch.cat([w[:2], w[2:]]), b), False, "weight"),

@@ -25,13 +25,18 @@ _PLACES: dict[str, tuple[tuple[int, str], tuple[int, str]]] = {
     "addmm": ((1, "mat1"), (2, "mat2")),
     "baddbmm": ((1, "batch1"), (2, "batch2")),
 }
+_PAIRS = {  # products of two, of which either may be the weight
+    **dict.fromkeys(("matmul", "linalg_matmul", "__matmul__"), ((0, "input"), (1, "other"))),
+    "mm": ((0, "input"), (1, "mat2")),
+    "bmm": ((0, "input"), (1, "mat2")),
+}
 # Linear in each of their operands, of which any may be a weight, but without an input-side path.
 _MULTILINEAR = frozenset(
-    "mv inner tensordot chain_matmul linalg_multi_dot multi_dot einsum _grouped_mm grouped_mm lstm gru rnn_tanh rnn_relu "
-    "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _native_multi_head_attention _transformer_encoder_layer_fwd".split()
+    "mv addmv addmm addbmm baddbmm dot vdot vecdot linalg_vecdot inner tensordot chain_matmul linalg_multi_dot multi_dot einsum "
+    "_grouped_mm grouped_mm lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
+    "_native_multi_head_attention _transformer_encoder_layer_fwd".split()
 )
 _LOOKUPS = {"getitem", "__getitem__", "index_select", "index", "select", "take_along_dim", "gather"}
-_PRODUCTS = {"matmul", "mm", "bmm", "__matmul__"}
 _TURNS = {"t", "transpose", "swapaxes", "swapdims", "permute", "contiguous"}
 # Operations whose result holds the values of their first argument, however the others came about.
 _PASSES_ON = frozenset(
@@ -150,8 +155,8 @@ def linear_use(node: fx.Node, made_of: MadeOf) -> tuple[Any, fx.Node, bool] | No
         return (x, weight, False) if isinstance(weight, fx.Node) and made_of.get(weight) else None
     left: Any
     right: Any
-    if name in _PRODUCTS and len(node.args) == 2:
-        left, right = node.args
+    if name in _PAIRS:
+        left, right = (_argument(node, *place) for place in _PAIRS[name])
     elif name == "einsum" and len(_operands(node)) == 2:
         left, right = _operands(node)
     else:
@@ -203,7 +208,7 @@ def _lies(node: fx.Node, left: bool, weight: _Turned) -> tuple[Layout, How] | No
         return _einsum(node, left, order)
     if name == "embedding" and node.target is functional.embedding:
         return Layout((order[1],), (order[0],)), EMBEDDING
-    if name not in ("linear", "addmm", "baddbmm", *_PRODUCTS) or len(order) not in (2, 3):
+    if name not in ("linear", "addmm", "baddbmm", *_PAIRS) or len(order) not in (2, 3):
         return None
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return None

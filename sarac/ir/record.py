@@ -145,6 +145,9 @@ def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     if given.get("variant") is not None:
         raise RewriteError("A folder holds one adapted model, so its weights have no variant: save into another folder.")
     upload = bool(given.pop("push_to_hub", False))
+    # The names of the model itself: in those of an older format the marks and sarac.load would not find the weights.
+    if "save_original_format" in inspect.signature(type(self).save_pretrained).parameters:
+        given["save_original_format"] = False
     writes = getattr(self, "should_save_on_this_rank", bool)(given.get("is_main_process", True))
     if writes:  # what is left of another save would be taken for weights of this one
         for file in (*weight_files(folder), folder / "model.safetensors.index.json"):

@@ -89,7 +89,7 @@ _observers: list[Callable[[Tensor, Tensor], None]] = []
 def _projected(x: Tensor, v: Tensor, how: How) -> Tensor:
     match how:
         case ("left",):
-            return (v @ x).mT
+            return (v @ x).mT if x.ndim > 1 else v @ x
         case ("embedding",):
             return embedding(x, v.mT)
         case ("conv", kernel, stride, padding, dilation, groups):
@@ -110,7 +110,7 @@ def _projected(x: Tensor, v: Tensor, how: How) -> Tensor:
 def _expanded(h: Tensor, u: Tensor, y: Tensor, how: How) -> Tensor:
     match how:
         case ("left",):
-            return u @ h.mT
+            return u @ (h.mT if y.ndim > 1 else h)
         case ("conv", kernel, _, _, _, groups):
             if groups > 1:
                 grouped = u.reshape(groups, -1, u.shape[-1])

@@ -7,17 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from user.methods import FOLDABLE, METHODS, base, batch, fresh
-from zoo import close, differ, outputs, trainables
+from zoo import close, differ, outputs, torchvision_operator, trainables
 
 import sarac
 
-try:
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError):
-    # Lightning takes torchmetrics, which takes torchvision; beside torch's CPU build that misses an operator.
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
+torchvision_operator()  # Lightning takes torchmetrics, which takes torchvision where there is one
 lightning = pytest.importorskip("pytorch_lightning")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
