@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sarac.ir.check import leaves
-from sarac.ir.errors import SaracWarning
+from sarac.ir.clone import clone
+from sarac.ir.errors import RewriteError, SaracWarning
 from sarac.ir.graph import ModelGraph, Site, Whole, output_size, output_sizes
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
@@ -40,10 +41,14 @@ def capture(graph: ModelGraph, inputs: Inputs) -> Whole | None:
 
     None, with a warning, where torch.export cannot capture the model: the sites do not depend on it.
     """
-    with torch.no_grad(), evaluating(graph.module):
-        inputs.call(graph.module)  # a model that rejects its inputs says so more clearly than a failed export
+    try:
+        module = clone(graph.module, frozen=True)  # a call may move buffers, which are the model's
+    except RewriteError:
+        module = graph.module
+    with torch.no_grad(), evaluating(module):
+        inputs.call(module)  # a model that rejects its inputs says so more clearly than a failed export
         try:
-            program = torch.export.export(_Tensors(graph.module), inputs.args, dict(inputs.kwargs), strict=False)
+            program = torch.export.export(_Tensors(module), inputs.args, dict(inputs.kwargs), strict=False)
         except Exception as error:  # noqa: BLE001  torch.export raises many kinds
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             warnings.warn(

@@ -176,13 +176,9 @@ def tensors_of(model: nn.Module) -> Adapters:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of an adapted model without its adapters: names and values of the base."""
-    own = {
-        f"{path}.{slot.attribute(role)}" if path else slot.attribute(role)
-        for path, module, state in adapted(model)
-        for slot in state.slots.values()
-        for role in slot.tensors(module)
-    }
-    return {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in own}
+    own = {id(t) for _, module, state in adapted(model) for slot in state.slots.values() for t in slot.tensors(module).values()}
+    added = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
+    return {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in added}
 
 
 def loose_buffers(model: nn.Module) -> dict[str, Tensor]:

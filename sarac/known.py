@@ -1,6 +1,7 @@
 """Weights of modules that fx cannot trace although it is known what they do with them: why the weight form, and how they lie."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -8,6 +9,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
 from sarac.ir.layout import MATRIX, Layout, kernel, matrices
 from sarac.source import multiplied
@@ -51,6 +53,16 @@ def untraced_weights(module: nn.Module, names: Iterable[str], reason: str) -> Kn
             dims = module.get_parameter(name).ndim
             known[name] = (reason, kernel(dims) if convolves or dims > 3 else matrices(dims))
     return known
+
+
+def parameters_kept(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that a module keeps in plain attributes as well, alone, in containers or bound to a function."""
+    if isinstance(module, nn.RNNBase):  # whose list an adapted one makes anew at every call
+        return
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules") and not isinstance(value, bool | int | float | str | type(None)):
+            bound = (value.args, value.keywords) if isinstance(value, functools.partial) else value
+            yield from ((name, leaf) for leaf in pytree.tree_leaves(bound) if isinstance(leaf, nn.Parameter))
 
 
 def holds_only(module: nn.Module) -> bool:

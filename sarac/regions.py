@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from sarac.ir.layers import simple
+from sarac.watch import Watch, watching
 
 _INTERNAL = frozenset(vars(nn.Module()))
 
@@ -64,9 +66,13 @@ class ForwardTrace:
         shadow.__dict__["training"] = training
         shadow.__dict__.pop("forward", None)  # of the instance; the class's own is traced
         notes.on = True
-        found = cls(_RegionTracer().trace(shadow), notes.reads)
+        own = not type(module).__module__.startswith("torch.nn.modules")  # torch's own layers are known
+        with watching() if own else nullcontext(Watch()) as watch:
+            found = cls(_RegionTracer().trace(shadow), notes.reads, watch.frozen)
         odd = [path for path, value in notes.reads.items() if not simple(value)]
         inputs = [node for node in found.graph.nodes if node.op == "placeholder"]
+        if found.frozen:
+            return found
         if any(name.startswith("_tensor_constant") for name in notes.writes):
             found.frozen = "it makes tensors of its own"
         elif notes.writes:

@@ -27,6 +27,7 @@ from sarac.checkpoint import (
     read_model,
     read_pickle,
     tensors_of,
+    whole,
     write_adapter,
     write_model,
     writes,
@@ -121,6 +122,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False, n
     for site, roles in tensors.items():
         trains = record.plan.sites[site].trainable
         adapters[site] = {role: t for role, t in roles.items() if factors or role in trains or role not in ("u", "v")}
+    kept = model.state_dict()  # running statistics move with the adapter, and are of its outputs
+    further |= {name: whole(buffer) for name, buffer in model.named_buffers() if name in kept}
     if writes(model):
         write_adapter(path, SavedAdapter(replace(record.plan, base=hashes["float32"]), hashes, adapters, further))
 
@@ -136,22 +139,30 @@ def load_adapter(model: Model, path: str | Path, *, force: bool = False, name: s
     if any(True for _ in adapted(model)):
         shelf.require_same_plan(model, saved.plan, str(path))
         _require_base(str(path), saved, adapted_weights(model), force)
-        shelf.put(model, name, saved.adapters, saved.also_trained, str(path))
+        trained = {name: saved.also_trained[name] for name in saved.plan.also_train if name in saved.also_trained}
+        _fill_further(model, {n: t for n, t in saved.also_trained.items() if n not in trained}, str(path))
+        shelf.put(model, name, saved.adapters, trained, str(path))
         return model
     graph = trace(model)
     saved.plan.require_fits({site.name: site.full_shape for site in graph.sites.values()})
     weights = {name: graph.weight(graph.sites[name]) for name in saved.plan.sites}
     _require_base(str(path), saved, weights, force)
     result = _with_adapters(model, saved.plan, saved.adapters, graph=graph)
-    parameters = dict(result.named_parameters())
-    for whole, tensor in saved.also_trained.items():
-        if whole not in parameters or parameters[whole].shape != tensor.shape:
-            there = tuple(parameters[whole].shape) if whole in parameters else "none"
-            raise CheckpointError(f"{path} does not fit: it trained {whole} as {tuple(tensor.shape)}, and here is {there}.")
-        parameters[whole].data.copy_(tensor)
+    _fill_further(result, saved.also_trained, str(path))
     if name is not None:
         shelf_of(result).active = name
     return result
+
+
+def _fill_further(model: nn.Module, found: Mapping[str, Tensor], path: str) -> None:
+    """Give `model` the parameters that trained whole, and the buffers, of an adapter file."""
+    there = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in found.items():
+        if name not in there or there[name].shape != tensor.shape:
+            shape = tuple(there[name].shape) if name in there else "none"
+            raise CheckpointError(f"{path} does not fit: it has {name} as {tuple(tensor.shape)}, and here is {shape}.")
+    for name, tensor in found.items():
+        there[name].data.copy_(tensor)
 
 
 def _require_base(path: str, saved: SavedAdapter, weights: Mapping[str, Tensor], force: bool) -> None:

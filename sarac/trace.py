@@ -21,7 +21,7 @@ from sarac.ir.layers import adapted, hooked
 from sarac.ir.layout import Layout, kernel, matrices
 from sarac.ir.match import Match, readers
 from sarac.ir.terms import EMBEDDING
-from sarac.known import holds_only, known_weights, read_from_outside, untraced_weights
+from sarac.known import holds_only, known_weights, parameters_kept, read_from_outside, untraced_weights
 from sarac.regions import ForwardTrace
 
 # Children by which models without `get_output_embeddings` name their output head.
@@ -41,6 +41,7 @@ class _Found:
     layout: Layout | None = None  # where no match tells it
     skipped: str = ""
     opt_in: str = ""  # why the default `where` leaves it out
+    barred: str = ""  # why no adapter can be right on it
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
@@ -54,7 +55,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ModelGraph:
     found = _parameters(model)
     regions: dict[str, Region] = {}
     for path, module in model.named_modules():
-        read_by_others = isinstance(module, ParametrizationList) or holds_only(module)
+        read_by_others = isinstance(module, ParametrizationList | nn.ModuleList | nn.ModuleDict) or holds_only(module)
         if "_sara" not in module.__dict__ and _own_matrices(module) and not read_by_others:
             region = _trace_region(path, module, found)
             if region is not None:
@@ -88,16 +89,30 @@ def _parameters(model: nn.Module) -> dict[int, _Found]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2 and id(parameter) not in own:
             found.setdefault(id(parameter), _Found([], tuple(parameter.shape), parameter.dtype)).names.append(name)
+            if parameter.is_complex() or parameter.numel() == 0:
+                found[id(parameter)].barred = "it has no values" if parameter.numel() == 0 else "it is complex"
+    for path, module in model.named_modules():
+        for name, kept in parameters_kept(module):
+            if id(kept) in found:
+                found[id(kept)].barred = f"{f'{path}.{name}'.lstrip('.')} keeps the parameter itself, where no adapter reaches it"
     return found
 
 
 def _own_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of two or more dimensions that a module's own forward reads: also those of children without a forward."""
-    own = dict(module._parameters)
+    own: dict[str, Any] = {**module._parameters, **_held(module)}
+    return {name: parameter for name, parameter in own.items() if parameter is not None and parameter.ndim >= 2}
+
+
+def _held(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of children without a forward, also of those in lists and dicts of modules, by their names in `module`."""
+    held: dict[str, nn.Parameter] = {}
     for child, kept in module._modules.items():
         if kept is not None and (child == "parametrizations" or holds_only(kept)):
-            own |= {f"{child}.{name}": parameter for name, parameter in kept.named_parameters()}
-    return {name: parameter for name, parameter in own.items() if parameter is not None and parameter.ndim >= 2}
+            held |= {f"{child}.{name}": parameter for name, parameter in kept.named_parameters()}
+        elif isinstance(kept, nn.ModuleList | nn.ModuleDict):
+            held |= {f"{child}.{name}": parameter for name, parameter in _held(kept).items()}
+    return held
 
 
 def _trace_region(path: str, module: nn.Module, found: Mapping[int, _Found]) -> Region | None:
@@ -159,6 +174,7 @@ def _note_uses(path: str, module: nn.Module, mode: str, graph: fx.Graph, own: Ma
         if not own[param].uses:
             own[param].weight_form = own[param].weight_form or why
             own[param].layout = own[param].layout or _supposed(own[param].shape, operation)
+            own[param].opt_in = "an embedding" if operation.startswith("embedding") else own[param].opt_in
     for param, operation in read.others.items():
         own[param].others.append(operation)
         own[param].skipped = own[param].skipped or f"read by {operation}, which is no linear operation that sarac adapts"
@@ -166,8 +182,10 @@ def _note_uses(path: str, module: nn.Module, mode: str, graph: fx.Graph, own: Ma
         if not (own[param].uses or own[param].weight_form):
             own[param].weight_form = own[param].opt_in = "rows of it are looked up"
     for item in own.values():
-        if not (item.uses or item.weight_form or item.others):
-            item.skipped = item.skipped or f"{type(module).__name__}'s forward does not read it"
+        unread = not (item.uses or item.weight_form or item.others)
+        if unread or (item.others == ["output"] and not item.weight_form):  # another module may multiply with it
+            what = "does not read it itself" if unread else "gives it out"
+            item.weight_form = item.opt_in = f"{type(module).__name__}'s forward {what}"
 
 
 def _note_foreign(module: nn.Module, graph: fx.Graph, found: Mapping[int, _Found], own: Mapping[str, _Found]) -> None:
@@ -193,7 +211,8 @@ def _supposed(shape: tuple[int, ...], operation: str) -> Layout:
 
 def _site(item: _Found, head: bool) -> Site | None:
     """The Site of one tensor, None where no linear use of it is known and none can be supposed."""
-    if not item.uses and not item.weight_form:
+    if item.barred or not (item.uses or item.weight_form):
+        item.skipped = item.barred or item.skipped
         return None
     # A lookup takes rows where a linear layer multiplies with them, so the matrix lies as for the latter.
     lookups = [match.how == EMBEDDING for _, match in item.uses]

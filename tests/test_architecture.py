@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "capture": "ir.*",
     "source": "",
     "known": "ir.* source",
-    "regions": "ir.*",
+    "watch": "",
+    "regions": "ir.* watch",
     "trace": "ir.* capture known regions",
     "recipe": "ir.*",
     "checkpoint": "ir.*",
@@ -164,7 +165,8 @@ def table_faults(table: Mapping[str, str]) -> list[str]:
             "backends": ("ir.", "backends."),
             "trace": ("ir.", "capture", "known", "regions"),
             "known": ("ir.", "source"),
-            **dict.fromkeys(("capture", "regions", "source"), ("ir.",)),
+            "regions": ("ir.", "watch"),
+            **dict.fromkeys(("capture", "source", "watch"), ("ir.",)),
         }.get(layer, ("",))
         faults += [f"{row} may not be given {name}" for name in names if name not in above or not name.startswith(walls)]
         above.add(row)

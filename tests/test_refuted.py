@@ -1,5 +1,8 @@
 """Cases that a review refuted once: each is a sentence of the promises, held to for good."""
 
+import functools
+import random
+
 import pytest
 import torch
 import transformers
@@ -149,3 +152,217 @@ def test_folding_where_the_adapters_are_switched_off_is_told(tmp_path) -> None:
             with pytest.raises(sarac.RewriteError, match=r"switched off here \(sarac\.disabled\)"):
                 act()
     sarac.fold(model)
+
+
+SCALE = {"by": 2.0}
+
+
+def mode_of_its_own(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return x @ self.w * y
+
+
+@torch.no_grad()
+def without_gradient(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return x @ self.w * y
+
+
+def asks_for_a_type(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return x @ self.w * (3.0 if isinstance(x, Tensor) else 1.0) * y
+
+
+def asks_for_the_type(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return x @ self.w * (1 + (type(y) == Tensor)) * y  # noqa: E721
+
+
+def draws(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return x @ self.w * random.random() * y
+
+
+def reads_a_global(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return x @ self.w * SCALE["by"] * y
+
+
+def tries(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    try:
+        return x @ self.w * int(x.shape[0]) * y
+    except TypeError:
+        return x @ self.w
+
+
+SPECIALISED = [mode_of_its_own, without_gradient, asks_for_a_type, asks_for_the_type, draws, reads_a_global, tries]
+
+
+@pytest.mark.parametrize("forward", SPECIALISED)
+def test_trace_that_holds_for_one_call_alone_takes_no_forward_s_place(forward, monkeypatch) -> None:
+    kind = type("Kind", (nn.Module,), {"forward": forward})
+    base = kind()
+    base.w = nn.Parameter(torch.randn(6, 6))
+    x, y = torch.randn(3, 6), torch.rand(6)
+    before = random.getstate()
+    model = sarac.transform(base)
+    assert random.getstate() == before
+    site = sarac.trace(base).sites["w"]
+    assert (site.form, site.default) == ("weight", True)
+
+    def both(one: nn.Module, lower: bool = True) -> Tensor:
+        random.seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            return one(x, y)
+
+    assert torch.equal(both(model), both(base))
+    shake(model)
+    close(both(folded(model), lower=False), both(model, lower=False))
+    assert not torch.allclose(both(model), both(base))
+    assert both(model).requires_grad is (forward is not without_gradient)
+    first = both(model)
+    monkeypatch.setitem(SCALE, "by", 5.0)
+    assert torch.equal(both(model), first) is (forward is not reads_a_global)
+    if forward is draws:
+        assert not torch.equal(model(x, y), model(x, y))
+
+
+def straight(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    z = x @ self.w if self.turned is None else x @ self.turned
+    return z * y
+
+
+def test_forward_without_branches_but_of_its_attributes_is_rewritten() -> None:
+    base = type("Kind", (nn.Module,), {"forward": straight})()
+    base.w, base.turned = nn.Parameter(torch.randn(6, 6)), None
+    assert sarac.trace(base).sites["w"].form == "call"
+
+
+class Closes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = inner = nn.Linear(6, 5)
+        self.f = lambda x: inner(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+def test_function_that_closes_over_a_child_is_refused() -> None:
+    base, x = Closes(), torch.randn(3, 6)
+    with pytest.raises(sarac.RewriteError, match="attribute f of a Closes is a function that closes over a part"):
+        sarac.transform(base)
+    before = base(x)
+    model = shake(sarac.transform(base, inplace=True))
+    assert not torch.allclose(model(x), before)
+
+
+class Keeps(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.l = nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 6)
+        self.kept = {"list": [self.w], "partial": functools.partial(torch.nn.functional.linear, weight=self.w)}[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(self.kept(x) if callable(self.kept) else x @ self.kept[0] + x @ self.w)
+
+
+@pytest.mark.parametrize("how", ["list", "partial"])
+def test_parameter_that_is_kept_elsewhere_is_left_out_with_the_reason(how: str) -> None:
+    base, x = Keeps(how), torch.randn(3, 6)
+    graph = sarac.trace(base)
+    assert list(graph.sites) == ["l.weight"]
+    assert "kept keeps the parameter itself" in graph.skipped["w"]
+    model = shake(sarac.transform(base))
+    close(folded(model)(x), model(x))
+    assert not torch.allclose(model(x), base(x))
+
+
+def test_adapter_file_has_the_running_statistics(tmp_path) -> None:
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)), torch.randn(8, 6) * 3 + 1
+    model = shake(sarac.transform(base)).train()
+    for _ in range(5):
+        model(x)
+    sarac.save_adapter(model.eval(), tmp_path / "a.safetensors")
+    again = sarac.load_adapter(base.eval(), tmp_path / "a.safetensors")
+    assert torch.equal(again(x), model(x))
+    other = sarac.load_adapter(sarac.transform(base).eval(), tmp_path / "a.safetensors")
+    assert torch.equal(other(x), model(x))
+    assert not torch.equal(base[1].running_mean, again[1].running_mean)
+
+
+def test_capture_leaves_the_source_s_buffers_alone() -> None:
+    class Counts(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 5)
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.n += 1
+            return super().forward(x)
+
+    base = Counts()
+    sarac.transform(base, example_inputs=torch.ones(2, 6))
+    assert base.n == 0
+    base(torch.ones(2, 6))
+    assert base.n == 1
+
+
+def test_weights_without_usable_values_are_left_out_with_the_reason() -> None:
+    base = nn.ModuleDict({"plain": nn.Linear(6, 5), "none": nn.Linear(6, 0), "complex": nn.Linear(6, 5, dtype=torch.complex64)})
+    graph = sarac.trace(base)
+    assert list(graph.sites) == ["plain.weight"]
+    assert graph.skipped == {"none.weight": "it has no values", "complex.weight": "it is complex"}
+    sarac.transform(base)
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+
+class Gives(Held):
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Holds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.several, self.given = nn.ModuleList([Held(), Held()]), Gives()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.several[0].weight @ self.several[1].weight) @ self.given()
+
+
+def test_weights_in_lists_of_holders_are_reached_and_given_ones_on_request() -> None:
+    base, x = Holds(), torch.randn(3, 6)
+    default = {name: site.default for name, site in sarac.trace(base).sites.items()}
+    assert default == {"several.0.weight": True, "several.1.weight": True, "given.weight": False}
+    for where in (None, "given.*", "*"):
+        model = shake(sarac.transform(base, where=where))
+        close(folded(model)(x), model(x))
+        assert not torch.allclose(model(x), base(x))
+
+
+def test_bag_of_embeddings_is_asked_for_like_an_embedding() -> None:
+    base = nn.Sequential(nn.EmbeddingBag(8, 6), nn.Linear(6, 5))
+    assert [name for name, site in sarac.trace(base).sites.items() if site.default] == ["1.weight"]
+    ids = torch.randint(0, 8, (2, 3))
+    model = shake(sarac.transform(base, where="0.weight"))
+    close(folded(model)(ids), model(ids))
+    assert not torch.allclose(model(ids), base(ids))
+
+
+def test_module_at_two_places_comes_back_from_its_file(tmp_path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(torch.tanh(self.b(x)))
+
+    base, x = Two(), torch.randn(3, 6)
+    model = shake(sarac.transform(base))
+    sarac.save(model, tmp_path / "m.pt")
+    again = sarac.load(tmp_path / "m.pt", Two())
+    assert torch.equal(again(x), model(x))
+    assert again.a is again.b
+    assert not torch.equal(again(x), base(x))

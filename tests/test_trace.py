@@ -94,12 +94,13 @@ class Odd(nn.Module):
 def test_what_is_not_adapted_has_a_reason() -> None:
     graph = trace(Odd())
     forms = {"used": "call", "sliced": "weight", "cast": "weight", "experts": "weight", "conv.weight": "call"}
-    forms |= {"looked_up": "weight"}
+    forms |= {"looked_up": "weight", "unused": "weight"}
     assert {name: site.form for name, site in graph.sites.items()} == forms
     assert "computed from it" in graph.sites["sliced"].reason
-    assert [name for name, site in graph.sites.items() if not site.default] == ["looked_up"]
+    assert [name for name, site in graph.sites.items() if not site.default] == ["unused", "looked_up"]
+    assert graph.sites["unused"].reason == "Odd's forward does not read it itself"
     assert graph.sites["looked_up"].reason == "rows of it are looked up"
-    for name, reason in {"unused": "does not read it", "added": "add"}.items():
+    for name, reason in {"added": "add"}.items():
         assert reason in graph.skipped[name]
     require_complete(graph)
     require_complete(trace(adapt(Odd(), where="used", checked=False)))
@@ -163,7 +164,9 @@ def test_optional_arguments_take_the_weight_form() -> None:
             return x @ self.w if bias is None else x @ self.w + bias
 
     site = trace(Optional()).sites["w"]
-    assert (site.form, site.reason) == ("weight", "Optional keeps its forward: it takes optional arguments")
+    assert (site.form, site.reason) == ("weight", "Optional keeps its forward: forward has a branch or a loop")
+    Optional.forward = lambda self, x, scale=2.0: x @ self.w * scale
+    assert trace(Optional()).sites["w"].reason == "Optional keeps its forward: it takes optional arguments"
 
 
 def test_two_modes_are_two_graphs_only_where_they_differ() -> None:

@@ -38,9 +38,11 @@ def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(),
         owned = bool(names[id(parameter)] & own)
         trains = owned if frozen else parameter.requires_grad
         memo[id(parameter)] = _parameter(parameter, trains, parameter.detach().clone() if trains else parameter.detach())
+    parts = {id(part) for part in (*module.modules(), *module.parameters())}
     for owner in module.modules():
         _require_plain(owner)
         _require_copyable_forward(owner)
+        _require_copyable_functions(owner, parts)
         memo.update({id(tensor): tensor.detach().clone() for tensor in _loose_tensors(owner)})
     try:
         return copy.deepcopy(module, memo)
@@ -95,6 +97,26 @@ def _require_copyable_forward(module: nn.Module) -> None:
             f"The forward of a {type(module).__name__} was replaced on the instance by {forward.__qualname__}, which closes "
             "over the model: a copy would run the source. Make it a method of a subclass, or give inplace=True."
         )
+
+
+def _require_copyable_functions(module: nn.Module, parts: set[int]) -> None:
+    """A function among the attributes that closes over a part of the model would go on calling the source's."""
+    for name, value in vars(module).items():
+        if isinstance(value, types.FunctionType) and name != "forward":
+            held = pytree.tree_leaves([cell.cell_contents for cell in value.__closure__ or () if _filled(cell)])
+            if any(id(part) in parts for part in held):
+                raise RewriteError(
+                    f"The attribute {name} of a {type(module).__name__} is a function that closes over a part of the model: a "
+                    "copy would run the source's. Make it a method, or give inplace=True."
+                )
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  an empty one raises
+    except ValueError:
+        return False
+    return True
 
 
 def _holds_model(value: Any) -> bool:
