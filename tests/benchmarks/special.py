@@ -67,12 +67,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "merge_padding_value": 1,
     },
     "emu3": {"vocabulary_map": _IMAGE_WORDS},
-    "gemma4_assistant": {
-        "text_config.hidden_size_per_layer_input": 0,
-        "text_config.vocab_size_per_layer_input": 0,
-        "text_config.num_kv_shared_layers": 2,
-        "text_config.use_double_wide_mlp": False,
-    },
     "gemma3n_vision": {"architecture": "test_resnet"},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0], [1, 1]],
@@ -160,7 +154,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "pix2struct_text_model": {"initializer_range": 0.02},
-    "pp_doclayout_v2": {**_HGNET_DETR, "class_thresholds": [0.5] * 2, "class_order": [0, 1], "num_labels": 2},
+    "pp_doclayout_v2": {
+        **_HGNET_DETR,
+        "class_thresholds": [0.5] * 2,
+        "class_order": [0, 1],
+        "num_labels": 2,
+        "reading_order_config.vocab_size": VOCABULARY,
+        "reading_order_config.max_2d_position_embeddings": 1024,
+    },
     "pp_doclayout_v3": _HGNET_DETR,
     "pp_doclayout_v4": _HGNET_DETR,
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [2, 3]},
@@ -210,6 +211,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "semantic_model_config.num_adapter_layers": 0,
     },
+    "encodec": {"num_filters": 4},
+    "seamless_m4t": {"upsample_initial_channel": 64},
+    "seamless_m4t_v2": {"upsample_initial_channel": 64},
+    "vits": {"upsample_initial_channel": 64},
+    "tipsv2_dpt": {"neck_hidden_sizes": [8, 16, 32, 32]},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "superglue": {"hidden_size": WIDTH, "keypoint_encoder_sizes": [8, 16]},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"],
@@ -232,12 +239,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
-}
-# Arguments of the config that is cut, for types whose class has no defaults that it takes.
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    },
 }
 # What `transform` is given, for types that have nothing but an embedding, which is left out by default.
 OPTIONS: dict[str, dict[str, Any]] = {"inkling_audio": {"where": "*"}}
@@ -472,7 +473,7 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "inkling_audio": lambda config: {"audio_input_ids": torch.randint(0, config.codebook_size, (BATCH, 6, config.num_codebooks))},
     "inkling_vision": lambda config: {
-        "pixel_values": torch.randn(BATCH, config.temporal_patch_size, config.patch_size, config.patch_size, config.num_channels),
+        "pixel_values": torch.randn(BATCH, config.temporal_patch_size, config.patch_size, config.patch_size, config.num_channels)
     },
     "pi0": _cameras,
     "xcodec2": _waves,
