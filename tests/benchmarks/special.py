@@ -216,7 +216,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "seamless_m4t_v2": {"upsample_initial_channel": 64},
     "vits": {"upsample_initial_channel": 64},
     "tipsv2_dpt": {"neck_hidden_sizes": [8, 16, 32, 32]},
-    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "superglue": {"hidden_size": WIDTH, "keypoint_encoder_sizes": [8, 16]},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"],
@@ -479,6 +478,7 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "xcodec2": _waves,
     "neucodec": _waves,
     "superglue": lambda config: {"pixel_values": torch.randn(BATCH, 2, 3, 64, 64)},
+    "voxtral_realtime_text": lambda config: {"input_ids": ids(), "t_cond": torch.randn(BATCH, 1, config.hidden_size)},
     "voxtral_realtime": lambda config: {"input_ids": ids(), "input_features": torch.randn(BATCH, 128, 96)},
     "blt_local_encoder": lambda config: {
         "input_ids": ids(),

@@ -68,8 +68,8 @@ def model_classes(kind: str) -> list[type[PreTrainedModel]]:
                 break
             except (AttributeError, ImportError):
                 continue
-        else:
-            found.append(getattr(importlib.import_module("transformers"), name))
+        else:  # some are named there and do not exist
+            found += [one] if (one := getattr(importlib.import_module("transformers"), name, None)) else []
     return found or list(_own_classes(config, home))
 
 
