@@ -18,10 +18,10 @@ from sarac.ir.layers import adapted
 # Chosen for their difference: encoders, decoders, encoder-decoders, experts, state spaces, vision, audio, several modalities.
 TYPES = """
     bert albert deberta-v2 electra longformer big_bird xlnet mpnet gpt2 gptj llama gemma3_text gpt_neox bloom t5 bart longt5
-    mixtral qwen3_moe deepseek_v3 gpt_oss mamba mamba2 jamba rwkv vit swinv2 convnext segformer detr vitdet dinov2 hiera
-    wav2vec2 whisper clip llava qwen3_vl blip-2 patchtst
+    mixtral qwen3_moe deepseek_v3 gpt_oss mamba mamba2 jamba rwkv vit poolformer convnext segformer dpt vitdet dinov2 hiera
+    wav2vec2 whisper vilt llava qwen3_vl git patchtst
 """.split()
-TIMM = "convnext efficientnet mlp_mixer resnet swin_transformer vision_transformer".split()
+TIMM = "efficientnet mlp_mixer resnet vision_transformer".split()
 
 
 def require_right(row: judge.Row) -> None:
@@ -143,11 +143,11 @@ def test_death_and_hang_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(coverage, "run", fate)
     todo = [("plain", name) for name in ("dies", "hangs", "lives")]
-    rows = {row.name: row for row in coverage.run_all(todo, 2, 3.0, onnx=False, build_only=False)}
+    rows = {row.name: row for row in coverage.run_all(todo, 2, 2.0, onnx=False, build_only=False)}
     assert {name: row.outcome for name, row in rows.items()} == {
         "dies": judge.CRASHED, "hangs": judge.CRASHED, "lives": judge.RIGHT,
     }  # fmt: skip
-    assert "no result after 3 s" in rows["hangs"].reason
+    assert "no result after 2 s" in rows["hangs"].reason
     assert "died" in rows["dies"].reason
 
 

@@ -59,7 +59,7 @@ def run(family: str, name: str, onnx: bool = False, build_only: bool = False) ->
             row = plain.run(row, onnx)
         else:
             built = (tiny if family == "transformers" else families).build(name)
-            row.model, row.notes = type(built.model).__name__, [built.rule]
+            row.model, row.notes = type(built.model).__name__, [built.rule, _named(built.inputs)]
             row = row if build_only else judge(row, built.model, built.inputs, built.options, onnx)
             row.outcome = RIGHT if build_only else row.outcome
     except (tiny.CannotBuild, families.CannotBuild) as error:
@@ -68,6 +68,10 @@ def run(family: str, name: str, onnx: bool = False, build_only: bool = False) ->
         row.outcome, row.reason = CRASHED, said(error)
     row.seconds = round(time.perf_counter() - started, 2)
     return row
+
+
+def _named(inputs: Any) -> str:
+    return "inputs: " + ", ".join(inputs if isinstance(inputs, dict) else [str(tuple(x.shape)) for x in inputs])
 
 
 def _child(pipe: Any, family: str, name: str, onnx: bool, build_only: bool) -> None:

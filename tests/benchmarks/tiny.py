@@ -68,8 +68,8 @@ def model_classes(kind: str) -> list[type[PreTrainedModel]]:
                 break
             except (AttributeError, ImportError):
                 continue
-        else:
-            found.append(getattr(importlib.import_module("transformers"), name))
+        else:  # some are named there and do not exist
+            found += [one] if (one := getattr(importlib.import_module("transformers"), name, None)) else []
     return found or list(_own_classes(config, home))
 
 
@@ -341,6 +341,8 @@ def build(kind: str) -> Tiny:
     classes = model_classes(kind)
     if not classes:
         raise CannotBuild(f"{CONFIG_MAPPING[kind].__name__} has no model class of its own in transformers")
+    if all(inspect.getattr_static(one, "forward", None) is nn.Module.forward for one in classes):
+        raise CannotBuild(f"{classes[0].__name__} has no forward")
     for rule in RULES:
         for model_class in classes[:4]:
             try:
@@ -349,7 +351,7 @@ def build(kind: str) -> Tiny:
                 errors.append(f"{model_class.__name__}, {rule}: {_said(error)}")
                 continue
             try:
-                return Tiny(model, runnable(model, kind), str(rule))
+                return Tiny(model, runnable(model, kind), str(rule), special.OPTIONS.get(kind, {}))
             except Exception as error:  # noqa: BLE001
                 errors.append(f"{model_class.__name__}, {rule}, forward: {_said(error)}")
     first = [error for error in errors if "forward" in error] or errors
@@ -357,7 +359,7 @@ def build(kind: str) -> Tiny:
 
 
 def _instance(kind: str, model_class: Any, rule: Any) -> nn.Module:
-    config = shrunk(CONFIG_MAPPING[kind](**special.ARGUMENTS.get(kind, {})), rule)
+    config = shrunk(CONFIG_MAPPING[kind](), rule)
     for _ in range(6):
         try:
             with torch.device("meta"):
@@ -382,6 +384,7 @@ _MISSING = {
     "num_key_value_heads": 2, "num_attention_heads": HEADS, "hidden_size": WIDTH, "rope_theta": 1e4, "initializer_range": 0.02,
     "dropout_rate": 0.0, "shared_expert_intermediate_size": 16, "intermediate_size": 2 * WIDTH, "max_position_embeddings": 128,
     "vision_start_token_id": 13, "vision_end_token_id": 14, "attention_dropout": 0.0, "num_hidden_layers": 2, "embed_dim": WIDTH,
+    "spatial_merge_size": 2,
 }  # fmt: skip
 
 
