@@ -20,6 +20,7 @@ import transformers
 from benchmarks.tiny import CannotBuild, Tiny, liven
 from torch import nn
 from transformers.utils import import_utils
+from zoo import torchvision_operator
 
 from sarac.ir.graph import Site
 
@@ -63,12 +64,10 @@ _SIZES = (64, 96, 128)
 def _load() -> Any:
     """Import timm, which wants torchvision, which does not import beside a CPU build of torch until its own op is defined."""
     transformers.utils.is_torchvision_available()  # it asks once, and is to see what is really there
-    if importlib.util.find_spec("torchvision") is not None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
+    torchvision_operator()
+    there = importlib.util.find_spec("torchvision") is not None
     # Without any, timm needs one class of it, and names for the image transforms that nothing here calls.
-    parts = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets") if not _KEPT else ()
+    parts = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets") if not there else ()
     stubs = {f"torchvision{part}": _Stub(f"torchvision{part}") for part in parts}
     for stub in stubs.values():
         stub.__dict__["FrozenBatchNorm2d"] = type("FrozenBatchNorm2d", (nn.Module,), {})
@@ -83,9 +82,6 @@ def _load() -> Any:
     backends = import_utils.BACKENDS_MAPPING
     backends["timm"] = (lambda: True, *backends["timm"][1:])
     return timm
-
-
-_KEPT: list[Any] = []
 
 
 class _Stub(types.ModuleType):
