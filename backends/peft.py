@@ -5,6 +5,7 @@ lora_alpha == r and no patterns: that is right under the scale rules of PEFT, vL
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sarac.backends import lora
 from sarac.backends.lora import Pair
 from sarac.ir import check
 from sarac.ir.adapters import Adapter, MoSara, Sara
-from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError
+from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError, SaracWarning
 from sarac.ir.layers import adapted
 from sarac.ir.layout import TRANSPOSED, Layout, kernel
 from sarac.ir.pipeline import adopt
@@ -100,10 +101,25 @@ def save(model: nn.Module, folder: str | Path, *, layout: str = "padded", max_ra
         "target_modules": _targets(model, pairs),
         "inference_mode": True,
     }
+    _warn_of_ties(model, pairs)
     padded = {path: (_padded(b, 1, rank), _padded(a, 0, rank)) for path, (b, a) in pairs.items()}
     layers = {path: model.get_submodule(path) for path in pairs}
     lora.write(Path(folder), config, padded if layout == "padded" else pairs, layers)
     return Written(rank, errors)
+
+
+def _warn_of_ties(model: nn.Module, pairs: Mapping[str, Pair]) -> None:
+    owners: dict[int, str] = {}
+    for path in pairs:
+        first = owners.setdefault(id(model.get_submodule(path)._parameters["weight"]), path)
+        if first != path:
+            warnings.warn(
+                f"{first} and {path} share one weight: stock PEFT computes right with this folder, but its merge_and_unload adds "
+                "the change twice. Merge with sarac.fold.",
+                SaracWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def load(model: Model, folder: str | Path) -> Model:

@@ -601,3 +601,16 @@ def test_lora_of_another_model_is_refused(tmp_path: Path) -> None:
     sarac.backends.peft.save(trained(gpt2()), tmp_path)
     with pytest.raises(sarac.PlanError, match="does not have as a linear site"):
         sarac.backends.peft.load(llama(), tmp_path)
+
+
+def test_tied_weight_that_peft_would_merge_twice_is_told(tmp_path: Path) -> None:
+    base, batch = llama(), ids()
+    model = shake(sarac.transform(base, where="*embed*"))
+    with pytest.warns(sarac.SaracWarning, match="merge_and_unload adds the change twice"):
+        sarac.backends.peft.save(model, tmp_path / "lora")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    close(outputs(theirs, batch).logits, outputs(model, batch).logits)
+    differ(outputs(theirs.merge_and_unload(), batch).logits, outputs(model, batch).logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sarac.SaracWarning)
+        sarac.backends.peft.save(shake(sarac.transform(base)), tmp_path / "other")
