@@ -7,6 +7,7 @@ torch's operators and grad or autocast modes of its own are not in a graph: such
 
 import builtins
 import dis
+import gc
 import random
 import sys
 import types
@@ -50,12 +51,15 @@ class Watch:
 def watching() -> Iterator[Watch]:
     """Watch what Python runs for a while; random generators are put back, and a draw from one counts as frozen."""
     watch, before = Watch(mode=_mode()), _generators()
-    profile = sys.getprofile()
+    profile, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what others have registered with it would run here, and is not the forward's
     sys.setprofile(watch.call)
     try:
         yield watch
     finally:
         sys.setprofile(profile)
+        if collecting:
+            gc.enable()
         if not _same(before, _generators()):
             watch.frozen = watch.frozen or "it draws random numbers"
             random.setstate(before[0])

@@ -1,6 +1,7 @@
 """Cases that a review refuted once: each is a sentence of the promises, held to for good."""
 
 import functools
+import gc
 import random
 
 import pytest
@@ -231,6 +232,26 @@ def test_forward_without_branches_but_of_its_attributes_is_rewritten() -> None:
     base = type("Kind", (nn.Module,), {"forward": straight})()
     base.w, base.turned = nn.Parameter(torch.randn(6, 6)), None
     assert sarac.trace(base).sites["w"].form == "call"
+
+
+def test_what_the_garbage_collector_calls_is_not_the_forward_s() -> None:
+    def callback(phase: str, info: dict) -> None:
+        try:
+            info["phase"] = phase
+        finally:
+            pass
+
+    base = type("Kind", (nn.Module,), {"forward": straight})()
+    base.w, base.turned = nn.Parameter(torch.randn(6, 6)), None
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        assert sarac.trace(base).sites["w"].form == "call"
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
 
 
 class Closes(nn.Module):
