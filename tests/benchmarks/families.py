@@ -17,7 +17,7 @@ from unittest.mock import MagicMock, patch
 
 import torch
 import transformers
-from benchmarks.tiny import CannotBuild, Tiny, liven
+from benchmarks.tiny import CannotBuild, Tiny, lively, liven
 from torch import nn
 from transformers.utils import import_utils
 from zoo import torchvision_operator
@@ -122,7 +122,8 @@ def build(name: str) -> Tiny:
             try:
                 options = {"where": _light} if size > HEAVY else {}
                 rule = ", ".join([model_name, *cut, *([f"weights up to {LIGHT} numbers"] if options else [])])
-                return Tiny(liven(model), _inputs(model), rule, options)
+                inputs = _inputs(liven(model))
+                return Tiny(model, inputs, rule + lively(model, inputs), options)
             except Exception as error:  # noqa: BLE001
                 errors.append(f"{model_name}: {type(error).__name__}: {str(error)[:200]}")
     raise CannotBuild(errors[0])

@@ -5,6 +5,7 @@ widths are divided by one number (`Divided`); sub-configs likewise. What neither
 follow the signature of `forward`: candidates are tried until the model runs.
 """
 
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -18,14 +19,18 @@ from typing import Any
 
 import torch
 from benchmarks import special
+from benchmarks.judge import outputs
 from benchmarks.special import VOCABULARY, WIDTH
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from sarac import SaracError
 from sarac.ir import check
+from sarac.ir.inputs import Inputs
 
+LEAST = 1e-3  # relative: what the outputs move by, at least, where all weights move by a third
 LARGEST = 15_000_000  # parameters: 60 MB in float32
 TOKENS = 12
 BATCH = 2
@@ -351,7 +356,8 @@ def build(kind: str) -> Tiny:
                 errors.append(f"{model_class.__name__}, {rule}: {_said(error)}")
                 continue
             try:
-                return Tiny(model, runnable(model, kind), str(rule), special.OPTIONS.get(kind, {}))
+                inputs = runnable(model, kind)
+                return Tiny(model, inputs, f"{rule}{lively(model, inputs)}", special.OPTIONS.get(kind, {}))
             except Exception as error:  # noqa: BLE001
                 errors.append(f"{model_class.__name__}, {rule}, forward: {_said(error)}")
     first = [error for error in errors if "forward" in error] or errors
@@ -413,6 +419,54 @@ def liven(model: nn.Module) -> nn.Module:
             elif parameter.ndim < 2 and not name.endswith("bias") and float(parameter.abs().amax()) < 1e-2:
                 parameter.fill_(0.5)
     return model
+
+
+def lively(model: nn.Module, example: Any) -> str:
+    """What was done to the model so that its weights move its outputs; CannotBuild where nothing could be judged.
+
+    In deep stacks with first values all numbers vanish: then norms take the statistics of a batch, then weights grow.
+    """
+    inputs = Inputs.of(example)
+    for done, mend in (("", None), (", normed", _normed), *[(", grown", _grown)] * 3):
+        if mend:
+            mend(model, inputs)
+        if _responds(model, inputs):
+            return done
+    raise CannotBuild(f"no weight of the {type(model).__name__} has an effect on what it gives")
+
+
+def _matrices(model: nn.Module) -> list[Tensor]:
+    return [p.data for p in model.parameters() if p.ndim >= 2 and p.is_floating_point()]
+
+
+def _responds(model: nn.Module, inputs: Inputs) -> bool:
+    before, kept = outputs(model, inputs), [weight.clone() for weight in _matrices(model)]
+    for weight in _matrices(model):
+        weight += 0.3 * float(weight.std()) * torch.randn_like(weight)
+    try:
+        found = check.difference(outputs(model, inputs), before)
+    except SaracError:  # another form: a size that follows from the numbers
+        return True
+    finally:
+        for weight, value in zip(_matrices(model), kept, strict=True):
+            weight.copy_(value)
+    return not found.identical and (not found.finite or found.error > LEAST)
+
+
+def _normed(model: nn.Module, inputs: Inputs) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model(*copy.deepcopy(inputs.args), **copy.deepcopy(dict(inputs.kwargs)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+
+
+def _grown(model: nn.Module, _: Inputs) -> None:
+    for weight in _matrices(model):
+        weight *= 3
 
 
 def _said(error: BaseException) -> str:
