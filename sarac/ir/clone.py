@@ -102,7 +102,8 @@ def _require_copyable_forward(module: nn.Module) -> None:
 def _require_copyable_functions(module: nn.Module, parts: set[int]) -> None:
     """A function among the attributes that closes over a part of the model would go on calling the source's."""
     for name, value in vars(module).items():
-        if isinstance(value, types.FunctionType) and name != "forward":
+        shadows = hasattr(type(module), name)  # as accelerate's warnings about `to`; a forward is looked at on its own
+        if isinstance(value, types.FunctionType) and not shadows:
             held = pytree.tree_leaves([cell.cell_contents for cell in value.__closure__ or () if _filled(cell)])
             if any(id(part) in parts for part in held):
                 raise RewriteError(
