@@ -67,7 +67,8 @@ def parameters_kept(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def holds_only(module: nn.Module) -> bool:
     """Whether a module has no forward of its own, as a ParameterList: another module reads what it holds."""
-    return getattr(type(module), "forward", None) is nn.Module.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    own = getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in module.__dict__  # a compiled one's
+    return not own and not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _experts(module: nn.Module) -> Known:
