@@ -3,16 +3,16 @@
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sarac.ir.errors import CheckpointError, SpectrumError
-from sarac.ir.graph import ModelGraph, Site, starred
+from sarac.ir.errors import CheckpointError, SpectrumError, TraceError, near
+from sarac.ir.graph import ModelGraph, Site, Whole, starred
 from sarac.ir.methods import build, trainable_count
 from sarac.ir.spectrum import Spectrum
 
@@ -21,22 +21,36 @@ _SHOWN = (0.3, 0.6, 0.9)
 
 @dataclass(frozen=True)
 class Analysis:
-    """Every linear weight of a model with its spectrum and ranks; `graph` has it all, in `node.meta` too."""
+    """The measured weights of a model, in its order, with their spectra and ranks, and what was left out and why.
 
-    graph: ModelGraph
+    `graph` has the traced model, with the ranks in `node.meta` too; None where only its files were read.
+    """
+
+    sites: tuple[Site, ...]
     threshold: float
-    names: frozenset[str]
+    title: str  # what was measured: the model's class, or a folder
+    parameters: int  # how many numbers the model has
+    left_out: Mapping[str, str] = field(default_factory=dict)  # every further parameter of two or more dimensions: why
+    whole: Whole | None = None
+    graph: ModelGraph | None = None
 
-    @property
-    def sites(self) -> list[Site]:
-        """The measured sites, in the model's order."""
-        return [site for name, site in self.graph.sites.items() if name in self.names]
+    @classmethod
+    def of(cls, graph: ModelGraph, threshold: float, names: frozenset[str]) -> "Analysis":
+        """The analysis of these sites of a traced model, which have their spectra."""
+        sites = tuple(site for name, site in graph.sites.items() if name in names)
+        reasons = {name: site.reason or "`where` leaves it out" for name, site in graph.sites.items() if name not in names}
+        parameters = sum(parameter.numel() for parameter in graph.module.parameters())
+        left_out, title = {**reasons, **graph.skipped}, type(graph.module).__name__
+        return cls(sites, threshold, title, parameters, left_out, graph.whole, graph)
 
     def spectrum(self, name: str) -> Spectrum:
         """The spectrum of this weight, by any of its names."""
-        site = self.graph.site(name)
-        if site.spectrum is None:
-            raise SpectrumError(f"{site.name} was not measured: take it into `where`.")
+        site = next((site for site in self.sites if name in site.names), None)
+        if site is None and name in self.left_out:
+            raise SpectrumError(f"{name} was not measured ({self.left_out[name]}): take it into `where`.")
+        if site is None:
+            raise TraceError(f"The analysis has no linear site {name!r}. {near(name, [site.name for site in self.sites])}")
+        assert site.spectrum is not None
         return site.spectrum
 
     def ranks(self, threshold: float | None = None) -> dict[str, int]:
@@ -55,20 +69,12 @@ class Analysis:
             {**_row(site, self.spectrum(site.name)), "rank": rank, **self._seen(site.name)}
             for site, rank in zip(self.sites, self.ranks().values(), strict=True)
         ]
-        head = {"threshold": self.threshold, "trainable": self.trainable, "parameters": _parameters(self.graph)}
-        return json.dumps({**head, "sites": sites, "skipped": self.left_out}, indent=1)
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Every further parameter of two or more dimensions, and why it is not measured."""
-        sites = {
-            name: site.reason or "`where` leaves it out" for name, site in self.graph.sites.items() if name not in self.names
-        }
-        return {**sites, **self.graph.skipped}
+        head = {"threshold": self.threshold, "trainable": self.trainable, "parameters": self.parameters}
+        return json.dumps({**head, "sites": sites, "skipped": dict(self.left_out)}, indent=1)
 
     def _seen(self, name: str) -> dict[str, Any]:
         """What the whole model showed of a site; nothing without example inputs."""
-        whole = self.graph.whole
+        whole = self.whole
         if whole is None:
             return {}
         siblings = next((list(group) for group in whole.siblings if name in group), [])
@@ -91,7 +97,7 @@ class Analysis:
     def table(self, by_site: bool = False) -> Table:
         """A rich table by kind of layer, or with `by_site` one row a weight."""
         share = f"k at {self.threshold:g}"
-        table = Table(title=f"{type(self.graph.module).__name__}: {len(self.sites)} linear sites", title_justify="left")
+        table = Table(title=f"{self.title}: {len(self.sites)} linear sites", title_justify="left")
         for heading, right in [("weight", False), ("sites", True), ("(out, in)", True), ("form", False), (share, True)]:
             table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
         for heading in ("k / n", "trainable", "parameters"):
@@ -139,7 +145,7 @@ class Analysis:
             axes.plot(depths, shares, marker="osD^v<>Px*"[index % 10], markersize=4, linewidth=1.2, label=label)
         axes.set_xlabel("layer")
         axes.set_ylabel(f"k / n at threshold {self.threshold:g}")
-        axes.set_title(f"Threshold rank by depth: {type(self.graph.module).__name__}", loc="left")
+        axes.set_title(f"Threshold rank by depth: {self.title}", loc="left")
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -190,10 +196,6 @@ def _trainable(site: Site, threshold: float) -> int:
     assert site.spectrum is not None
     ranks = [one.rank_at(threshold) for one in site.spectrum.matrices]
     return trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape)
-
-
-def _parameters(graph: ModelGraph) -> int:
-    return sum(parameter.numel() for parameter in graph.module.parameters())
 
 
 def _short(kind: str) -> str:

@@ -58,7 +58,7 @@ def analyze(
     """
     graph = trace(model, example_inputs)
     names = frozenset(chosen_sites(graph, where)) if graph.sites else frozenset[str]()
-    return Analysis(run(graph, Analyze(threshold, names, progress), check=False), threshold, names)
+    return Analysis.of(run(graph, Analyze(threshold, names, progress), check=False), threshold, names)
 
 
 def transform(
