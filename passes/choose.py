@@ -10,10 +10,11 @@ from typing import ClassVar
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import PlanError, SaracWarning, near
+from sarac.ir.gram import spectrum
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.methods import build, describe, trainable_count
 from sarac.ir.plan import Plan, Rule
-from sarac.ir.spectrum import Spectrum, spectrum
+from sarac.ir.spectrum import Spectrum
 
 Where = str | Sequence[str] | Callable[[Site], bool] | None
 

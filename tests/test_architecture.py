@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "ir.check": "ir.errors",
     "ir.spectrum": "ir.errors",
     "ir.terms": "",
-    "ir.adapters": "ir.errors ir.spectrum ir.terms",
+    "ir.gram": "ir.errors ir.spectrum",
+    "ir.adapters": "ir.errors ir.gram ir.terms",
     "ir.methods": "ir.errors ir.adapters",
     "ir.plan": "ir.errors ir.spectrum ir.adapters ir.methods",
     "ir.weight": "ir.errors ir.layout ir.adapters",
@@ -76,7 +77,7 @@ EMPTY = ("sarac.ir", "sarac.passes", "sarac.backends")  # packages whose __init_
 # Words that only one room may say, as patterns over dotted names; a name that was not imported begins with a dot.
 OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
-    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.spectrum"),
+    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram"),
     "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.onnx"),
     "ONNX": (r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b", "backends.onnx backends.runtime"),

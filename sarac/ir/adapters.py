@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sarac.ir.errors import NotFoldable, PlanError
-from sarac.ir.spectrum import factors
+from sarac.ir.gram import factors
 from sarac.ir.terms import LINEAR, How, add, mix, project, score
 
 Tensors = Mapping[str, Any]
