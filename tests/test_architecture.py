@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "ir.spectrum": "ir.errors",
     "ir.terms": "",
     "ir.gram": "ir.errors ir.spectrum",
+    "ir.certify": "ir.gram ir.spectrum",
     "ir.adapters": "ir.errors ir.gram ir.terms",
     "ir.methods": "ir.errors ir.adapters",
     "ir.plan": "ir.errors ir.spectrum ir.adapters ir.methods",
@@ -77,7 +78,7 @@ EMPTY = ("sarac.ir", "sarac.passes", "sarac.backends")  # packages whose __init_
 # Words that only one room may say, as patterns over dotted names; a name that was not imported begins with a dot.
 OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
-    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram"),
+    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram ir.certify"),
     "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.onnx"),
     "ONNX": (r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b", "backends.onnx backends.runtime"),

@@ -18,7 +18,7 @@ from sarac.ir.spectrum import Spectrum, stacked
 
 ENGINE = "gram 1"  # stands in cache keys: a change of what comes out gives it another number
 Keep = Callable[[Spectrum], int] | None
-_UNIT = torch.finfo(torch.float64).eps / 2.0  # the unit roundoff
+UNIT = torch.finfo(torch.float64).eps / 2.0  # the unit roundoff
 _SMALL = 2048  # up to here a CPU's SVD takes one thread: where cores are shared a second one makes it five times slower
 _BLOCK = 2**24  # numbers that are turned into float64 at a time
 _BATCH = 2**22  # numbers in one batch of Gram matrices
@@ -41,7 +41,7 @@ def spectra(weights: Sequence[Tensor], names: Sequence[str], keep: Keep = None) 
     for weight, name in zip(weights, names, strict=True):
         _require_usable(weight, name)
     step = max(1, _BATCH // min(weights[0].shape) ** 2) if weights else 1
-    batches = [_placed(weights[start : start + step]) for start in range(0, len(weights), step)]
+    batches = [placed(weights[start : start + step]) for start in range(0, len(weights), step)]
     return [found for batch in batches for found in _decomposed(batch, keep)]
 
 
@@ -54,15 +54,15 @@ def factors(
     with them. The signs make each row of V positive at its largest entry, the first of equals, so that two runs agree.
     """
     _require_usable(weight, name)
-    (placed,) = _placed([weight])
-    known = basis if basis is not None and len(basis) >= rank else leading(placed, rank)
+    (near,) = placed([weight])
+    known = basis if basis is not None and len(basis) >= rank else leading(near, rank)
     narrow = known[:rank].double()
-    scale = _scale(placed)
-    wide = torch.cat([block @ narrow.T for block in _blocks(placed, scale)])
+    scale = scale_of(near)
+    wide = torch.cat([block @ narrow.T for block in _blocks(near, scale)])
     s = wide.norm(dim=0)
-    floor = _floor(placed, float(s[0]))
+    floor = zero_floor(near, float(s[0]))
     wide = _completed(wide / s.clamp_min(torch.finfo(s.dtype).tiny), s > floor)
-    u, v = (wide, narrow) if placed.shape[0] >= placed.shape[1] else (narrow.T, wide.T)
+    u, v = (wide, narrow) if near.shape[0] >= near.shape[1] else (narrow.T, wide.T)
     size = v.abs()
     first = (size >= size.amax(1, keepdim=True) * (1.0 - 1e-6)).to(torch.uint8).argmax(1, keepdim=True)
     signs = torch.gather(v, 1, first).sign()
@@ -73,7 +73,7 @@ def leading(weight: Tensor, rank: int) -> Tensor:
     """The leading `rank` singular vectors of the smaller side, shape (rank, min(out, in)), in float32 or the weight's float64."""
     if weight.dtype == torch.float64:  # as fine as its values are, a Gram matrix is too coarse for its vectors
         return _by_svd(weight, "", lambda _: rank).basis
-    _, vectors = _eigen(gram(weight, _scale(weight)).unsqueeze(0), True)
+    _, vectors = _eigen(gram(weight, scale_of(weight)).unsqueeze(0), True)
     return _kept(vectors[0], rank, weight)
 
 
@@ -101,7 +101,7 @@ def gram(weight: Tensor, scale: float) -> Tensor:
 
 
 def _decomposed(weights: list[Tensor], keep: Keep) -> list[Spectrum]:
-    scales = [_scale(weight) for weight in weights]
+    scales = [scale_of(weight) for weight in weights]
     grams = torch.stack([gram(weight, scale) for weight, scale in zip(weights, scales, strict=True)])
     traces = grams.diagonal(dim1=1, dim2=2).sum(1).tolist()
     try:
@@ -123,10 +123,10 @@ def _judged(weight: Tensor, scale: float, eigen: Tensor, trace: float) -> Spectr
     |λ' - λ| is at most u·max(out, in)·‖W‖² (Frobenius, the sums of the Gram matrix) + 8·u·n·λ1 (the eigensolver).
     """
     eigen = eigen.clamp_min(0.0)
-    off = _UNIT * (max(weight.shape) * trace + 8.0 * len(eigen) * float(eigen[0]))
+    off = UNIT * (max(weight.shape) * trace + 8.0 * len(eigen) * float(eigen[0]))
     values = eigen.sqrt()
     errors = torch.where(eigen > off, values - (eigen - off).clamp_min(0.0).sqrt(), (eigen + off).sqrt())
-    floor = _floor(weight, float(values[0]))
+    floor = zero_floor(weight, float(values[0]))
     unsure = int(((values - floor).abs() <= errors).sum()) if floor > 0.0 else 0
     reason = f"{unsure} of its values lie within the Gram matrix's error of what counts as zero" if unsure else ""
     way = "svd" if unsure else "gram"
@@ -136,15 +136,15 @@ def _judged(weight: Tensor, scale: float, eigen: Tensor, trace: float) -> Spectr
 
 
 def _by_svd(weight: Tensor, reason: str, keep: Keep = None) -> Spectrum:
-    scale = _scale(weight)
+    scale = scale_of(weight)
     with _one_thread(weight):
         if keep is None:
             values = torch.linalg.svdvals(weight.double() * scale).cpu()
-            return Spectrum(values / scale, _floor(weight, float(values[0])) / scale, reason=reason)
+            return Spectrum(values / scale, zero_floor(weight, float(values[0])) / scale, reason=reason)
         u, s, v = torch.linalg.svd(weight.double() * scale, full_matrices=False)
-    found = Spectrum(s.cpu() / scale, _floor(weight, float(s[0])) / scale, reason=reason)
+    found = Spectrum(s.cpu() / scale, zero_floor(weight, float(s[0])) / scale, reason=reason)
     side = v if weight.shape[0] >= weight.shape[1] else u.T
-    found.__dict__["basis"] = side[: keep(found)].to(_stored(weight)).contiguous()
+    found.__dict__["basis"] = side[: keep(found)].to(stored_dtype(weight)).contiguous()
     return found
 
 
@@ -160,7 +160,7 @@ def _eigen(grams: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
 
 def _kept(columns: Tensor, rank: int, weight: Tensor) -> Tensor:
     """The last `rank` of these columns as rows, the last one first."""
-    return columns[:, columns.shape[1] - rank :].flip(1).T.to(_stored(weight)).contiguous()
+    return columns[:, columns.shape[1] - rank :].flip(1).T.to(stored_dtype(weight)).contiguous()
 
 
 def _completed(columns: Tensor, sound: Tensor) -> Tensor:
@@ -182,24 +182,26 @@ def _blocks(weight: Tensor, scale: float) -> Iterator[Tensor]:
         yield tall[start : start + step].double() * scale  # not in place: a float64 weight is its own
 
 
-def _scale(weight: Tensor) -> float:
+def scale_of(weight: Tensor) -> float:
     """A power of two that brings the largest entry to about 1: squares then neither overflow nor vanish."""
     wide = weight.float() if weight.dtype.itemsize == 1 else weight
     largest = float(wide.abs().max())
     return math.ldexp(1.0, -math.frexp(largest)[1]) if largest > 0.0 else 1.0
 
 
-def _placed(weights: Sequence[Tensor]) -> list[Tensor]:
+def placed(weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights where float64 can be computed: on CPUs and NVIDIA's or AMD's GPUs."""
     return [weight.detach() if weight.device.type in ("cpu", "cuda") else weight.detach().cpu() for weight in weights]
 
 
-def _stored(weight: Tensor) -> torch.dtype:
+def stored_dtype(weight: Tensor) -> torch.dtype:
+    """In what a weight's vectors are kept: float64 for its own kind, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _floor(weight: Tensor, largest: float) -> float:
-    return max(weight.shape) * torch.finfo(_stored(weight)).eps * largest
+def zero_floor(weight: Tensor, largest: float) -> float:
+    """Up to which size a value counts as zero: max(out, in) · eps · s1."""
+    return max(weight.shape) * torch.finfo(stored_dtype(weight)).eps * largest
 
 
 @contextmanager

@@ -96,6 +96,10 @@ class Spectrum:
         found = self._rank_at(threshold, *self._squares, None)
         return found or self._exact(f"k at energy {threshold:g} lies within the error of the values").rank_at_energy(threshold)
 
+    def decided(self, threshold: float) -> bool:
+        """Whether the values and their errors leave one rank only at this threshold."""
+        return all(part._rank_at(threshold, *part._sums, part.rest) > 0 for part in self.matrices)
+
     def shares(self) -> Tensor:
         """The share of the sum that the first k values reach, for k = 1..n, shape (n,); ones for a zero weight."""
         if self.rest:
