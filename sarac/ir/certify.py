@@ -165,7 +165,7 @@ class _Leading:
         self.theta, self.v, self.gv = theta.flip(0), q @ w.flip(1), product @ w.flip(1)
 
     def _drawn(self, columns: int) -> Tensor:
-        drawn = torch.randn(len(self.g), columns, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(len(self.g), columns, generator=self.generator, dtype=torch.float64, device="cpu")
         return drawn.to(self.g.device)
 
 

@@ -72,7 +72,9 @@ def factors(
 def leading(weight: Tensor, rank: int) -> Tensor:
     """The leading `rank` singular vectors of the smaller side, shape (rank, min(out, in)), in float32 or the weight's float64."""
     if weight.dtype == torch.float64:  # as fine as its values are, a Gram matrix is too coarse for its vectors
-        return _by_svd(weight, "", lambda _: rank).basis
+        found = _by_svd(weight, "", lambda _: rank).basis
+        assert found is not None
+        return found
     _, vectors = _eigen(gram(weight, scale_of(weight)).unsqueeze(0), True)
     return _kept(vectors[0], rank, weight)
 
@@ -90,13 +92,13 @@ def product_factors(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def gram(weight: Tensor, scale: float) -> Tensor:
     """Wᵀ W or W Wᵀ, whichever is smaller, of the scaled weight (out, in) in float64."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=weight.device)
     for block in _blocks(weight, scale):
         if block.device.type == "cpu":  # numpy knows a product with itself, and computes one half of it
             rows = block.numpy()
             total = total + torch.from_numpy(rows.T @ rows)
         else:
-            total = total.to(block.device) + block.T @ block
+            total = total + block.T @ block
     return total
 
 
@@ -106,7 +108,7 @@ def _decomposed(weights: list[Tensor], keep: Keep) -> list[Spectrum]:
     traces = grams.diagonal(dim1=1, dim2=2).sum(1).tolist()
     try:
         eigen, vectors = _eigen(grams, keep is not None)
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is not in torch's stubs
         return [_by_svd(weight, "the eigenvalues of its Gram matrix did not converge", keep) for weight in weights]
     found = [_judged(weight, *each) for weight, *each in zip(weights, scales, eigen.flip(1).cpu(), traces, strict=True)]
     for i, (weight, one) in enumerate(zip(weights, found, strict=True)):
@@ -168,7 +170,7 @@ def _completed(columns: Tensor, sound: Tensor) -> Tensor:
     if bool(sound.all()):
         return columns
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(columns.shape, generator=generator, dtype=columns.dtype).to(columns.device)
+    drawn = torch.randn(columns.shape, generator=generator, dtype=columns.dtype, device="cpu").to(columns.device)
     order = torch.argsort(sound.to(torch.uint8), descending=True, stable=True)
     q, _ = torch.linalg.qr(torch.where(sound, columns, drawn)[:, order])
     return torch.where(sound, columns, q[:, torch.argsort(order)])
