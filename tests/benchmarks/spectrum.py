@@ -1,0 +1,152 @@
+"""What the spectra cost, side by side in one run: sarac's engine, torch's SVDs, and PEFT's PiSSA initialisation.
+
+    python tests/benchmarks/spectrum.py [shapes] [model] [seven] [folder] [--device cuda] [--model FOLDER] [--out spectrum.json]
+    torchrun --nproc-per-node 2 tests/benchmarks/spectrum.py seven          # the same set over the GPUs of one host
+
+shapes: one weight at a time, and whether every way gives the float64 SVD's k. model: all linear weights of SmolLM2-135M, from
+--model, else random ones of its shapes. seven: the 224 matrices of Llama-2-7B's shapes in bfloat16, values and factors at 0.6.
+folder: `sarac analyze` over a folder of random shards of those shapes (--layers of them), and the peak memory of that process.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import sarac
+from sarac.ir.certify import certified, worthwhile
+from sarac.ir.gram import factors, spectrum
+from sarac.ir.measure import Weight, measure
+
+SHARES = (0.02, 0.05, 0.3, 0.6, 0.9)
+SMALL = 0.05
+SHAPES = {
+    "cpu": [(576, 576), (1536, 576), (768, 768), (3072, 768), (1536, 1536), (3072, 3072)],
+    "cuda": [(1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096)],
+}
+LAYER = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096)}
+LAYER |= {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+SMOLLM2 = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+SMOLLM2 |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+Rows = list[dict[str, Any]]
+
+
+def clock(device: str, work: Callable[[], Any], rounds: int = 3) -> float:
+    """The shortest of some runs, in milliseconds, after one to warm up."""
+    best = math.inf
+    for i in range(rounds + 1):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started) if i or rounds == 0 else best
+    return 1e3 * best
+
+
+def drawn(shape: tuple[int, int], kind: str, device: str) -> Tensor:
+    """A random weight: of independent entries, or with values that decay as those of trained weights do."""
+    weight = torch.randn(shape, device=device) / shape[1] ** 0.5
+    if kind == "random":
+        return weight
+    (u, _), (v, _) = torch.linalg.qr(weight if shape[0] >= shape[1] else weight.T), torch.linalg.qr(torch.randn_like(weight[: min(shape), : min(shape)]))
+    ranks = torch.arange(1, min(shape) + 1, device=device)
+    made = (u * (ranks**-0.3 * (1.0 - 0.95 * ranks / len(ranks)))) @ v
+    return (made if shape[0] >= shape[1] else made.T).contiguous()
+
+
+def pissa(modules: nn.Module, targets: list[str]) -> None:
+    get_peft_model(modules, LoraConfig(r=32, target_modules=targets, init_lora_weights="pissa"))
+
+
+def shapes(device: str, rounds: int) -> Rows:
+    """Every way on one weight, and the ranks that each gives beside the float64 SVD's."""
+    rows: Rows = []
+    for shape in SHAPES[device]:
+        for kind in ("random", "decaying"):
+            weight = drawn(shape, kind, device)
+            true = spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), shape)
+            slow = max(1, rounds // 3)
+            row = {
+                "shape": list(shape),
+                "kind": kind,
+                "svd": clock(device, lambda w=weight: torch.linalg.svd(w, full_matrices=False), slow),
+                "svdvals": clock(device, lambda w=weight: torch.linalg.svdvals(w), slow),
+                "svdvals float64": clock(device, lambda w=weight: torch.linalg.svdvals(w.double()), slow),
+                "values": clock(device, lambda w=weight: spectrum(w), rounds),
+                "values and factors": clock(device, lambda w=weight: with_factors(w), rounds),
+                "PiSSA": clock(device, partial(pissa, holder(weight), ["0"]), 0),
+            }
+            found = spectrum(weight)
+            right = [found.rank_at(share) == true.rank_at(share) for share in SHARES]
+            row |= {"how": found.how, "k": {str(share): true.rank_at(share) for share in SHARES}, "k right": all(right)}
+            if worthwhile(weight, SMALL):
+                row["certified"] = clock(device, lambda w=weight: certified(w, SMALL), rounds)
+                sure = [certified(weight, share) for share in SHARES if share <= SMALL]
+                row["certified k"] = ["undecided" if s is None else s.rank_at(t) == true.rank_at(t) for s, t in zip(sure, SHARES)]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def spectrum_of(values: Tensor, shape: tuple[int, int]) -> sarac.ir.spectrum.Spectrum:
+    return sarac.ir.spectrum.Spectrum(values, max(shape) * torch.finfo(torch.float32).eps * float(values[0]))
+
+
+def holder(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    layer.weight.data = weight.clone()
+    return nn.Sequential(layer)
+
+
+def with_factors(weight: Tensor, share: float = 0.6) -> int:
+    found = spectrum(weight, keep=lambda one: one.rank_at(share))
+    rank = found.rank_at(share)
+    factors(weight, rank, basis=found.basis)
+    return rank
+
+
+def model(device: str, folder: str | None) -> Rows:
+    """All linear weights of SmolLM2-135M, each way through all of them."""
+    if folder:
+        opened = sarac.recipe.open_model(folder)
+        graph = sarac.trace(opened)
+        found = {site.name: graph.weight(site).to(device) for site in graph.sites.values() if site.default}
+    else:
+        found = {f"{i}.{name}": drawn(shape, "decaying", device) for i in range(30) for name, shape in SMOLLM2.items()}
+    weights = list(found.values())
+    layers = nn.ModuleDict({name.replace(".", "_"): holder(weight) for name, weight in found.items()})
+    ways = {
+        "svd": lambda: [torch.linalg.svd(weight, full_matrices=False) for weight in weights],
+        "svdvals": lambda: [torch.linalg.svdvals(weight) for weight in weights],
+        "svdvals float64": lambda: [torch.linalg.svdvals(weight.double()) for weight in weights],
+        "PiSSA": lambda: pissa(layers, ["0"]),
+        "values": lambda: measure([Weight(n, tuple(w.shape), w.dtype, partial(lambda x: x, w)) for n, w in found.items()]),
+        "values and factors": lambda: [with_factors(weight) for weight in weights],
+    }
+    row: dict[str, Any] = {"model": folder or "random weights of SmolLM2-135M's shapes", "weights": len(weights)}
+    for name, work in ways.items():
+        row[name] = clock(device, work, 0) / 1e3
+        print(name, row[name], flush=True)
+    wrong = [
+        name
+        for name, weight in found.items()
+        for share in SHARES
+        if spectrum(weight).rank_at(share) != spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), tuple(weight.shape)).rank_at(share)
+    ]
+    return [{**row, "k wrong": wrong}]
