@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from sarac.ir.adapters import Adapter
+from sarac.ir.cache import store
 from sarac.ir.errors import PlanError, SaracWarning, near
-from sarac.ir.gram import spectrum
 from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.measure import measure, weights
 from sarac.ir.methods import build, describe, trainable_count
 from sarac.ir.plan import Plan, Rule
 from sarac.ir.spectrum import Spectrum
@@ -61,8 +62,8 @@ class Choose:
     def _by_rule(self, graph: ModelGraph, text: str) -> Plan:
         rule = self.require_sound()
         sites = self._possible(chosen_sites(graph, self.where), build(self.method, 1, rule.options))
-        spectra = {name: site.spectrum or spectrum(graph.weight(site), name) for name, site in sites.items()}
-        spectra = self._usable(spectra)
+        measured = measure(weights(graph, [name for name, site in sites.items() if site.spectrum is None]), cache=store())
+        spectra = self._usable({name: site.spectrum or measured[name] for name, site in sites.items()})
 
         def cost(key: tuple[str, int], rank: int) -> int:
             return trainable_count(build(self.method, rank, rule.options), sites[key[0]].shape)

@@ -4,17 +4,20 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from sarac.ir.adapters import Adapter
+from sarac.ir.cache import Store, store
 from sarac.ir.clone import clone
 from sarac.ir.errors import RewriteError
 from sarac.ir.graph import ModelGraph, Region, Site, owners
 from sarac.ir.layers import adapted, compile_forward, install
 from sarac.ir.match import Match, readers
+from sarac.ir.measure import leading
 from sarac.ir.record import Record, attach
 from sarac.ir.weight import Slot, base_attribute
 
@@ -42,7 +45,8 @@ class Rewrite:
             raise RewriteError("There is no plan to carry out: run Choose first, or give a plan with at least one site.")
         if any(True for _ in adapted(graph.module)):
             raise RewriteError("The model is already transformed: fold it first (sarac.fold), or transform the source.")
-        tensors = {name: self._tensors(graph, graph.site(name), adapter) for name, adapter in plan.sites.items()}
+        cache = store()
+        tensors = {name: self._tensors(graph, graph.site(name), adapter, cache) for name, adapter in plan.sites.items()}
         trained = {name: parameter.requires_grad for name, parameter in graph.module.named_parameters()}
         originals = {name: graph.module.get_parameter(name).detach() for name in plan.also_train}
         if self.inplace:
@@ -52,12 +56,12 @@ class Rewrite:
         attach(module, Record(plan, trained, originals))
         return replace(graph, module=module, regions={**graph.regions, **regions})
 
-    def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter) -> dict[str, nn.Parameter]:
+    def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter, cache: Store | None) -> dict[str, nn.Parameter]:
         # A seed of its own for each site: what one starts at does not depend on which others are adapted.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
         weight, made = graph.weight(site), dict(self.given.get(site.name, {}))
         if set(made) != set(adapter.shapes(*site.shape)):
-            made = {**adapter.init(weight, generator, site.name), **made}
+            made = {**adapter.init(weight, generator, site.name, partial(leading, cache=cache)), **made}
         parameters = {}
         for role, tensor in made.items():
             parameters[role] = nn.Parameter(tensor.to(weight.device), requires_grad=role in adapter.trainable)

@@ -11,7 +11,7 @@ from torch import nn
 from sarac import storage
 from sarac.ir.errors import CheckpointError, InputError
 from sarac.ir.inputs import InputSpec
-from sarac.ir.record import FOLDER_FILE, __version__
+from sarac.ir.record import __version__
 from sarac.recipe import open_model
 
 _MODEL = "A transformers folder or hub name, timm:NAME, package.module:factory, or a model.pt of sarac's."
@@ -35,6 +35,7 @@ _BASE = "The model under a PEFT folder or an adapter file. Default: the folder t
 _LAYOUT = "padded: one rank, which every server reads rightly; pattern: each weight's own, smaller. Default: padded."
 _MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that loses is told."
 _ADAPTER = "Which of the adapters in a model.pt. Default: the one that was live."
+_NO_CACHE = "Measure anew what was measured before, and keep nothing. The cache: sarac cache."
 _FORCE = "Load an adapter file onto another base than it was trained on."
 _OPSET = "The ONNX operator set to write."
 
@@ -52,6 +53,8 @@ Source = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Args = Annotated[str | None, typer.Option("--args", metavar="JSON", help=_ARGS)]
 Factory = Annotated[str | None, typer.Option("--model", metavar="MODULE:FACTORY", help=_FACTORY)]
 Trust = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
+NoCache = Annotated[bool, typer.Option("--no-cache", help=_NO_CACHE)]
+Clear = Annotated[bool, typer.Option("--clear", help="Remove all that is kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 ModelOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The model.pt to write.")]
 FoldOut = Annotated[Path, typer.Option("--out", metavar="PATH", help="A new folder (transformers models), or a .pt file.")]
@@ -92,12 +95,12 @@ Force = Annotated[bool, typer.Option("--force", help=_FORCE)]
 
 def opened(source: str, args: str | None, factory: str | None, trust_pickle: bool) -> nn.Module:
     """The model that the words name; BadParameter where they do not go together."""
-    arguments, path = _object(args), Path(source)
-    if path.is_file() or path.suffix in (".pt", ".pth") or (path / FOLDER_FILE).is_file():
+    arguments = _object(args)
+    if storage.stored(source):
         if arguments is not None and factory is None:
             raise typer.BadParameter(f"{source} knows its arguments itself: leave it out, or name --model.", param_hint="--args")
         model = factory if factory is None or arguments is None else open_model(factory, arguments)
-        return storage.load(path, model, trust_pickle=trust_pickle)
+        return storage.load(source, model, trust_pickle=trust_pickle)
     if factory is not None:
         raise typer.BadParameter(f"it goes with a model.pt: name {factory} in place of {source}.", param_hint="--model")
     return open_model(source, arguments)

@@ -16,6 +16,9 @@ from sarac import arguments as take
 from sarac import commands, storage, surgery, text
 from sarac import doctor as diagnosis
 from sarac.checkpoint import tensors_of, written
+from sarac.folders import Folder
+from sarac.ir.cache import switched
+from sarac.ir.processes import first, joined
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
 from sarac.terminal import Commands, busy, meter, show
@@ -55,18 +58,25 @@ def analyze(
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
+    no_cache: take.NoCache = False,
     as_json: take.Json = False,
 ) -> None:
     """Show the threshold rank k of every linear weight of a model.
 
+    A folder of safetensors is read weight by weight, never the whole model; under torchrun all processes share the work.
     With --input the whole model is captured on such inputs as well: calls, FLOPs and depth come into the JSON.
     """
     take.require_place(plot)
     spec = take.spec_of(specs)
-    opened = take.opened(model, args, factory, trust_pickle)
-    with meter("Measuring", len(chosen_sites(trace(opened), where or None))) as step:
-        choice: dict[str, Any] = {"threshold": threshold, "where": where or None, "progress": step}
-        analysis = surgery.analyze(opened, example_inputs=spec and spec.sample(), **choice)
+    with joined() as together:
+        plain = spec is None and args is None and factory is None and not trust_pickle
+        opened = (Folder.at(model) if plain else None) or take.opened(model, args, factory, trust_pickle)
+        chosen = opened.chosen(where or None) if isinstance(opened, Folder) else chosen_sites(trace(opened), where or None)
+        with meter("Measuring", len(chosen)) as step:
+            choice: dict[str, Any] = {"threshold": threshold, "where": where or None, "progress": step, "cache": not no_cache}
+            analysis = surgery.analyze(opened, example_inputs=spec and spec.sample(), distributed=together, **choice)
+    if not first():
+        return
     if plot is not None:
         analysis.plot(plot)
     show(as_json, analysis.to_json(), analysis.table(sites), *([analysis.left_out_table(sites)] if analysis.left_out else []))
@@ -86,6 +96,7 @@ def transform(
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
+    no_cache: take.NoCache = False,
     as_json: take.Json = False,
 ) -> None:
     """Put adapters on a model's linear weights. Until it is trained it computes the same to the last bit."""
@@ -93,7 +104,7 @@ def transform(
     spec = take.spec_of(specs)
     opened = take.opened(model, args, factory, trust_pickle)
     chosen: dict[str, Any] = {"method": method, "where": where or None, "also_train": also_train or None, "seed": seed}
-    with busy("Transforming"):
+    with busy("Transforming"), switched(not no_cache):
         result = surgery.transform(opened, plan, example_inputs=spec and spec.sample(), **chosen)
     storage.save(result, out, example_inputs=spec)
     record = record_of(result)
@@ -122,6 +133,7 @@ def finetune(
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
+    no_cache: take.NoCache = False,
     as_json: take.Json = False,
 ) -> None:
     """Train a model's adapters on text. A plain model is transformed first; a model.pt with adapters is trained on."""
@@ -137,7 +149,7 @@ def finetune(
     longest = min(length, getattr(getattr(opened, "config", None), "max_position_embeddings", None) or length)
     rows = text.read_rows(data, words, longest, vocabulary)
     evaluation = text.read_rows(eval_data, words, longest, vocabulary) if eval_data else None
-    with busy("Preparing"):
+    with busy("Preparing"), switched(not no_cache):
         result = training.with_adapters(opened, plan, method, where or None, seed)
     options = training.Options(steps, epochs or 1.0, batch_size, lr, seed)
     outcome = training.finetune(result, rows, evaluation, options, meter)
@@ -150,6 +162,9 @@ app.command(epilog="Example: sarac fold model.pt --out merged/")(commands.fold)
 app.command(epilog="Example: sarac export --merge model.pt out.onnx")(commands.export)
 app.command(epilog="Example: sarac verify model.pt out.onnx")(commands.verify)
 app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
+
+
+app.command(epilog="Example: sarac cache --clear")(commands.cache)
 
 
 @app.command(epilog="Example: sarac doctor --json")

@@ -1,8 +1,8 @@
 """The commands that take an adapted model out: folded, exported and verified there, or in another form."""
 
+import functools
 import json
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sarac import arguments as take
 from sarac import convert as forms
 from sarac import emit, storage, surgery, text
 from sarac.backends import peft
+from sarac.ir.cache import store
 from sarac.ir.errors import CheckpointError
 from sarac.shelf import use
 from sarac.terminal import busy, show
@@ -131,6 +132,18 @@ def convert(
     show(as_json, json.dumps(facts), done.sentence())
 
 
+def cache(clear: take.Clear = False, as_json: take.Json = False) -> None:
+    """Show where spectra and vectors of measured weights are kept, how many, and how large they are."""
+    kept = store()
+    if kept is None:
+        show(as_json, json.dumps({"folder": None, "entries": 0, "bytes": 0}), "The cache is off (SARAC_CACHE=off).")
+        return
+    count, size = kept.clear() if clear else (len(kept.entries()), sum(one for _, one, _ in kept.entries()))
+    what = "removed" if clear else f"of at most {kept.limit / 1e9:g} GB"
+    facts = {"folder": str(kept.folder), "entries": count, "bytes": size, "limit": kept.limit, "cleared": clear}
+    show(as_json, json.dumps(facts), f"{kept.folder}: {count} entries, {size / 1e6:,.1f} MB {what}.")
+
+
 def _base(source: str, form: str, base: str | None) -> str:
     named = peft.base_of(source) if form == "peft" and base is None else base
     if named is None or (base is None and not Path(named).is_dir()):
@@ -146,7 +159,7 @@ def _folded(
         raise typer.BadParameter("--routing mean and --calibration FILE go together.", param_hint="--calibration")
     calls = None
     if calibration is not None:
-        calls = text.read_inputs(calibration, model, cache(lambda: text.tokenizer_of(model, tokenizer)))
+        calls = text.read_inputs(calibration, model, functools.cache(lambda: text.tokenizer_of(model, tokenizer)))
     with busy("Folding"):
         return surgery.fold(model, routing=routing, calibration=calls, report=True)
 

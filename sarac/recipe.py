@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -109,6 +110,18 @@ def from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise CheckpointError(f"timm:{name} needs timm, which does not import: {error}. Install timm and torchvision.") from error
     built = _call(timm.create_model, f"timm:{name}", {"model_name": name, **arguments})
     return _remember(built, {"kind": "timm", "name": name, "arguments": {**arguments, "pretrained": False}})
+
+
+def described(folder: Path) -> nn.Module:
+    """The transformers model that a folder's config.json describes, on the meta device: all but its values."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        with torch.device("meta"):
+            model: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    except Exception as error:  # a model's own code may do anything on meta, and a config be of anybody's
+        raise CheckpointError(f"{folder / 'config.json'} builds no model: {(str(error).splitlines() or [''])[0]}") from error
+    return model
 
 
 def _from_folder(text: str, arguments: dict[str, Any]) -> nn.Module:

@@ -106,6 +106,17 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, trust_pickle
     return result
 
 
+def stored(source: str) -> bool:
+    """Whether this names a file of torch's, or a folder that an adapted model's save_pretrained wrote."""
+    path = Path(source)
+    return path.is_file() or path.suffix in (".pt", ".pth") or (path / FOLDER_FILE).is_file()
+
+
+def opened(source: str) -> nn.Module:
+    """The model that a name stands for: what `load` reads, a transformers folder or hub name, a timm name or a factory."""
+    return load(source) if stored(source) else open_model(source)
+
+
 def save_adapter(model: nn.Module, path: str | Path, *, factors: bool = False, name: str | None = None) -> None:
     """Write the live adapter, or the one of that name, alone: what trains, and the hashes of the base it belongs to.
 

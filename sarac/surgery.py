@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sarac.folders import Folder
 from sarac.ir import check
+from sarac.ir.cache import switched
 from sarac.ir.errors import InputError, RewriteError, SaracWarning
 from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
@@ -19,12 +21,14 @@ from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import keep_inputs, record_of
+from sarac.ir.spectrum import require_share
 from sarac.ir.terms import observing
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
 from sarac.passes.fold import Fold
 from sarac.passes.rewrite import Rewrite
 from sarac.report import Analysis
+from sarac.storage import opened
 from sarac.trace import trace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,20 +49,32 @@ class FoldReport:
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | str | Path | Folder,
     *,
     threshold: float = 0.6,
     where: Where = None,
     example_inputs: Any = None,
     progress: Any = None,
+    cache: bool = True,
+    distributed: bool = False,
 ) -> Analysis:
     """Measure every linear weight of `model` that `where` takes; the model is not changed.
 
+    A folder of safetensors, or one such file, is read weight by weight; any other name is opened as the command line opens it.
     With example inputs the whole model's dataflow is captured as well. `progress(name)` is called before each weight.
+    `cache=False` measures anew what was measured before. `distributed`: all processes of the initialised torch.distributed group
+    call this, and share the work.
     """
-    graph = trace(model, example_inputs)
-    names = frozenset(chosen_sites(graph, where)) if graph.sites else frozenset[str]()
-    return Analysis.of(run(graph, Analyze(threshold, names, progress), check=False), threshold, names)
+    with switched(cache):
+        if isinstance(model, str | Path):
+            model = (Folder.at(model) if example_inputs is None else None) or opened(str(model))
+        if isinstance(model, Folder):
+            require_share(threshold)
+            return model.analyze(threshold, where, progress, distributed)
+        graph = trace(model, example_inputs)
+        names = frozenset(chosen_sites(graph, where)) if graph.sites else frozenset[str]()
+        measured = run(graph, Analyze(threshold, names, progress, distributed), check=False)
+    return Analysis.of(measured, threshold, names)
 
 
 def transform(
@@ -71,11 +87,13 @@ def transform(
     example_inputs: Any = None,
     inplace: bool = False,
     seed: int = 0,
+    cache: bool = True,
 ) -> Model:
     """A model of the same class with adapters on the linear weights that `where` takes; only the adapters train.
 
     It computes the same as `model` to the last bit until it is trained, and shares all base tensors with it.
     `plan`: a rule (`threshold:0.6,min=4`), a Plan, or a plan's JSON path. `also_train`: globs of parameters to train whole.
+    `cache=False` decomposes anew what was decomposed before.
     """
     graph = trace(model, example_inputs)
     choose = Choose(plan, method, where, also_train)
@@ -83,7 +101,8 @@ def transform(
     if given_plan(plan) is None:
         choose.require_sound()
         measure = [Analyze(names=frozenset(chosen_sites(graph, where)))]
-    graph = run(graph, *measure, choose, Rewrite(seed, inplace))
+    with switched(cache):
+        graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:
         keep_inputs(graph.module, InputSpec.of(graph.example_inputs).to_json())
     return graph.module  # type: ignore[return-value]  # the same class as `model`, by construction

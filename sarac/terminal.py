@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from sarac.ir.errors import PlanError, SaracError, SaracWarning
+from sarac.ir.processes import first
 
 _ERR = Console(stderr=True)
 _UNSEEN_WIDTH = 130  # of what goes into a pipe or a file, where cutting a name off would lose it
@@ -55,7 +56,7 @@ def show(as_json: bool, document: str, *parts: RenderableType) -> None:
 @contextmanager
 def meter(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """A function to call at every step with a word on it: a bar on a terminal, else a line at every tenth of the way."""
-    if _ERR.is_terminal:
+    if _ERR.is_terminal and first():
         words = TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True))
         columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), words)
         with Progress(*columns, console=_ERR, transient=True, expand=True) as progress:
@@ -76,7 +77,7 @@ def meter(title: str, total: int) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def busy(what: str) -> Iterator[None]:
     """Say what takes its time and cannot say how much of it is done."""
-    if _ERR.is_terminal:
+    if _ERR.is_terminal and first():
         with _ERR.status(f"{what} …"):
             yield
     else:
@@ -94,7 +95,8 @@ def _fit(table: Table, console: Console) -> None:
 
 
 def _say(head: str, style: str, sentence: str) -> None:
-    _ERR.print(Text.assemble((head, style), sentence), soft_wrap=True)
+    if first():
+        _ERR.print(Text.assemble((head, style), sentence), soft_wrap=True)
 
 
 def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:

@@ -40,6 +40,9 @@ MAY_IMPORT = {
     "ir.match": "ir.layout ir.terms",
     "ir.graph": "ir.errors ir.inputs ir.layout ir.spectrum ir.adapters ir.plan ir.weight ir.layers ir.match",
     "ir.clone": "ir.errors ir.weight ir.layers",
+    "ir.cache": "ir.errors ir.gram ir.spectrum",
+    "ir.processes": "ir.errors",
+    "ir.measure": "ir.cache ir.gram ir.graph ir.processes ir.spectrum",
     "ir.pipeline": "ir.*",
     "passes.analyze": "ir.*",
     "passes.choose": "ir.*",
@@ -58,9 +61,11 @@ MAY_IMPORT = {
     "recipe": "ir.*",
     "checkpoint": "ir.*",
     "report": "ir.*",
-    "surgery": "ir.* passes.* trace report",
     "shelf": "ir.* checkpoint",
     "storage": "ir.* passes.* trace recipe checkpoint shelf",
+    "shards": "ir.*",
+    "folders": "ir.* passes.* trace recipe report shards",
+    "surgery": "ir.* passes.* trace recipe report storage folders",
     "emit": "ir.* passes.* backends.* trace checkpoint surgery",
     "text": "ir.*",
     "finetune": "ir.* surgery text",
@@ -69,7 +74,7 @@ MAY_IMPORT = {
     "arguments": "ir.* recipe storage",
     "convert": "ir.* backends.* checkpoint shelf storage",
     "commands": "ir.* backends.* surgery shelf storage emit text terminal arguments convert",
-    "cli": "ir.* passes.* trace checkpoint report surgery storage text finetune doctor terminal arguments commands",
+    "cli": "ir.* passes.* folders trace checkpoint report surgery storage text finetune doctor terminal arguments commands",
 }
 THE_FACE = "sarac"  # its __init__ may import every row, and no row may import it
 PACKAGES = {"sarac": "sarac", "sarac.passes": "passes", "sarac.backends": "backends"}

@@ -91,7 +91,7 @@ def test_plan_may_be_a_file_or_a_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["threshold:0", "threshold:1.5", "threshold:nan", "threshold:-1"])
 def test_threshold_outside_its_range_is_told_at_once(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sarac.passes.analyze.spectrum", lambda *_: pytest.fail("it measured first"))
+    monkeypatch.setattr("sarac.passes.analyze.measure", lambda *_, **__: pytest.fail("it measured first"))
     with pytest.raises(sarac.SaracError, match=rule.partition(":")[2]):
         sarac.transform(plain(), plan=rule)
 

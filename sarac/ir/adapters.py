@@ -16,7 +16,7 @@ is ten times δ's here).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +28,7 @@ from sarac.ir.gram import factors
 from sarac.ir.terms import LINEAR, How, add, mix, project, score
 
 Tensors = Mapping[str, Any]
+Factors = Callable[[Tensor, int, str], tuple[Tensor, Tensor, Tensor, float]]  # as sarac.ir.gram.factors
 TRAINS = ("singular_values", "factors")
 INITS = ("svd", "random")
 ROUTERS = ("soft", "topk", "hard", "uniform")
@@ -64,7 +65,7 @@ class Adapter(Protocol):
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by role, for a weight of shape (out, inner), or a stack of such."""
 
-    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+    def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
         """The tensors by role at which the method changes nothing, for a weight (out, in) or (parts, out, in)."""
 
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
@@ -113,12 +114,12 @@ class Sara:
         k = self.rank
         return _each({"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (k,)}, self.parts)
 
-    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+    def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
         """Factors of `weight` (out, in) in its dtype, and δ = 0."""
         if self.parts:
-            return _stacked(self, weight, generator, name)
+            return _stacked(self, weight, generator, name, factors)
         if self.basis == "svd":
-            return {**_svd_tensors(weight, self.rank, name), "shift": _small(weight, self.rank)}
+            return {**_svd_tensors(*factors(weight, self.rank, name), weight), "shift": _small(weight, self.rank)}
         out, inner = weight.shape
         u = torch.randn(out, self.rank, generator=generator, device="cpu") / out**0.5  # columns of norm 1, as an SVD's have
         v = torch.randn(self.rank, inner, generator=generator, device="cpu") / inner**0.5
@@ -192,12 +193,12 @@ class MoSara:
         factors = {"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (self.sets, k)}
         return _each({**factors, **self._router_shapes()}, self.parts)
 
-    def init(self, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+    def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
         """SVD factors of `weight` (out, in), every δ_i = 0, R random: equal rows would never separate the sets."""
         if self.parts:
-            return _stacked(self, weight, generator, name)
+            return _stacked(self, weight, generator, name, factors)
         small = _small(weight, self.sets, self.rank)
-        tensors = {**_svd_tensors(weight, self.rank, name), "shift": small}
+        tensors = {**_svd_tensors(*factors(weight, self.rank, name), weight), "shift": small}
         for role, shape in self._router_shapes().items():
             tensors[role] = (torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5).to(small)
         return tensors
@@ -245,8 +246,7 @@ class MoSara:
         return {"router": (self.sets, self.bottleneck), "router_in": (self.bottleneck, self.rank)}
 
 
-def _svd_tensors(weight: Tensor, rank: int, name: str) -> dict[str, Tensor]:
-    u, s, v, floor = factors(weight, rank, name)
+def _svd_tensors(u: Tensor, s: Tensor, v: Tensor, floor: float, weight: Tensor) -> dict[str, Tensor]:
     return {
         "u": u.to(weight).contiguous(),
         "v": v.to(weight).contiguous(),
@@ -270,10 +270,13 @@ def _each(shapes: dict[str, tuple[int, ...]], parts: tuple[int, ...]) -> dict[st
     return {role: (len(parts), *shape) for role, shape in shapes.items()} if parts else shapes
 
 
-def _stacked(adapter: Sara | MoSara, weight: Tensor, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+def _stacked(
+    adapter: Sara | MoSara, weight: Tensor, generator: torch.Generator, name: str, factors: Factors
+) -> dict[str, Tensor]:
     """Every matrix's own tensors, padded with zeros to one rank: a zero scale keeps the padding at zero for good."""
     made = [
-        replace(adapter, rank=rank, parts=()).init(weight[i], generator, f"{name}[{i}]") for i, rank in enumerate(adapter.parts)
+        replace(adapter, rank=rank, parts=()).init(weight[i], generator, f"{name}[{i}]", factors)
+        for i, rank in enumerate(adapter.parts)
     ]
     shapes = adapter.shapes(*weight.shape[-2:])
     stacked = {role: made[0][role].new_zeros(shapes[role]) for role in made[0]}

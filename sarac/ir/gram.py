@@ -69,10 +69,16 @@ def factors(
     return (u * signs.T).to(weight.device), (s / scale).to(weight.device), (v * signs).to(weight.device), floor / scale
 
 
+def vectors(weight: Tensor, rank: int, name: str = "the weight") -> Tensor:
+    """What of `factors` takes a decomposition, to be kept and given to it as `basis`."""
+    _require_usable(weight, name)
+    return leading(placed([weight])[0], rank)
+
+
 def leading(weight: Tensor, rank: int) -> Tensor:
     """The leading `rank` singular vectors of the smaller side, shape (rank, min(out, in)), in float32 or the weight's float64."""
     if weight.dtype == torch.float64:  # as fine as its values are, a Gram matrix is too coarse for its vectors
-        found = _by_svd(weight, "", lambda _: rank).basis
+        found = by_svd(weight, "", lambda _: rank).basis
         assert found is not None
         return found
     _, vectors = _eigen(gram(weight, scale_of(weight)).unsqueeze(0), True)
@@ -109,11 +115,11 @@ def _decomposed(weights: list[Tensor], keep: Keep) -> list[Spectrum]:
     try:
         eigen, vectors = _eigen(grams, keep is not None)
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is not in torch's stubs
-        return [_by_svd(weight, "the eigenvalues of its Gram matrix did not converge", keep) for weight in weights]
+        return [by_svd(weight, "the eigenvalues of its Gram matrix did not converge", keep) for weight in weights]
     found = [_judged(weight, *each) for weight, *each in zip(weights, scales, eigen.flip(1).cpu(), traces, strict=True)]
     for i, (weight, one) in enumerate(zip(weights, found, strict=True)):
         if one.way == "svd" or (keep is not None and weight.dtype == torch.float64):
-            found[i] = _by_svd(weight, one.reason, keep)
+            found[i] = by_svd(weight, one.reason, keep)
         elif keep is not None:
             one.__dict__["basis"] = _kept(vectors[i], keep(one), weight)
     return found
@@ -133,11 +139,12 @@ def _judged(weight: Tensor, scale: float, eigen: Tensor, trace: float) -> Spectr
     reason = f"{unsure} of its values lie within the Gram matrix's error of what counts as zero" if unsure else ""
     way = "svd" if unsure else "gram"
     return Spectrum(
-        values / scale, floor / scale, errors=errors / scale, way=way, reason=reason, refine=lambda why: _by_svd(weight, why)
+        values / scale, floor / scale, errors=errors / scale, way=way, reason=reason, refine=lambda why: by_svd(weight, why)
     )
 
 
-def _by_svd(weight: Tensor, reason: str, keep: Keep = None) -> Spectrum:
+def by_svd(weight: Tensor, reason: str, keep: Keep = None) -> Spectrum:
+    """The spectrum of a matrix by a true SVD, and why it was needed."""
     scale = scale_of(weight)
     with _one_thread(weight):
         if keep is None:
