@@ -166,11 +166,12 @@ def writes(model: nn.Module) -> bool:
 
 
 def tensors_of(model: nn.Module) -> Adapters:
-    """The adapters' tensors of an adapted model, by site and role."""
+    """The adapters' tensors of an adapted model, by site and role; what a site borrows is given by its owner alone."""
     found: Adapters = {}
     for _, module, state in adapted(model):
         for slot in state.slots.values():
-            found[slot.site] = {role: whole(tensor.detach()) for role, tensor in slot.tensors(module).items()}
+            own = {role: tensor for role, tensor in slot.tensors(module).items() if role not in slot.adapter.borrowed}
+            found[slot.site] = {role: whole(tensor.detach()) for role, tensor in own.items()}
     return found
 
 
@@ -277,7 +278,7 @@ def _require_complete(path: str | Path, plan: Plan, adapters: Adapters, given: t
     """
     for site, adapter in plan.sites.items():
         found = {role: tuple(tensor.shape) for role, tensor in adapters.get(site, {}).items()}
-        wanted = adapter.shapes(*_UNKNOWN)
+        wanted = {role: shape for role, shape in adapter.shapes(*_UNKNOWN).items() if role not in adapter.borrowed}
         lost = [role for role in wanted if role not in found and (role in adapter.trainable or role not in given)]
         odd = [role for role in found if role not in wanted or (_UNKNOWN[0] not in wanted[role] and wanted[role] != found[role])]
         if lost or odd:

@@ -68,6 +68,7 @@ def transform(
     method: str = "sara",
     where: Where = None,
     also_train: str | Sequence[str] | None = None,
+    overrides: Mapping[str, str] | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     seed: int = 0,
@@ -76,13 +77,13 @@ def transform(
 
     It computes the same as `model` to the last bit until it is trained, and shares all base tensors with it.
     `plan`: a rule (`threshold:0.6,min=4`), a Plan, or a plan's JSON path. `also_train`: globs of parameters to train whole.
+    `overrides`: rules of their own by glob, or "none": {"*.down_proj.weight": "rank:8"}; the last glob that matches wins.
     """
     graph = trace(model, example_inputs)
-    choose = Choose(plan, method, where, also_train)
+    choose = Choose(plan, method, where, also_train, overrides)
     measure = []
     if given_plan(plan) is None:
-        choose.require_sound()
-        measure = [Analyze(names=frozenset(chosen_sites(graph, where)))]
+        measure = [Analyze(names=frozenset(choose.measured(graph)))]
     graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:
         keep_inputs(graph.module, InputSpec.of(graph.example_inputs).to_json())
