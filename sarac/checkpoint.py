@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,14 +211,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str, loose: Mappi
         present[name].data = (loose or {})[name]
 
 
-def base_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
+def base_hashes(weights: Mapping[str, Tensor], precisions: Sequence[str] = tuple(_PRECISIONS)) -> dict[str, str]:
     """SHA-256 over names, shapes and values of the weights, by precision: what factors computed from them depend on."""
-    digests = {name: hashlib.sha256() for name in _PRECISIONS}
+    digests = {name: hashlib.sha256() for name in precisions}
     for weight_name in sorted(weights):
         weight = whole(weights[weight_name].detach()).cpu()
-        for name, dtype in _PRECISIONS.items():
+        for name in precisions:
             digests[name].update(f"{weight_name} {tuple(weight.shape)}".encode())
-            digests[name].update(weight.to(dtype).contiguous().view(torch.uint8).numpy().data)
+            digests[name].update(weight.to(_PRECISIONS[name]).contiguous().view(torch.uint8).numpy().data)
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 

@@ -24,6 +24,7 @@ from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
 from sarac.passes.fold import Fold
 from sarac.passes.rewrite import Rewrite
+from sarac.planning import warn_of_other_base
 from sarac.report import Analysis
 from sarac.trace import trace
 
@@ -82,7 +83,10 @@ def transform(
     graph = trace(model, example_inputs)
     choose = Choose(plan, method, where, also_train, overrides)
     measure = []
-    if given_plan(plan) is None:
+    given = given_plan(plan)
+    if given is not None:
+        warn_of_other_base(given, graph)
+    else:
         measure = [Analyze(names=frozenset(choose.measured(graph)))]
     graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:
