@@ -21,12 +21,12 @@ from sarac.backends.lora import Pair
 from sarac.ir import check
 from sarac.ir.adapters import Adapter, MoSara, Sara
 from sarac.ir.errors import CheckpointError, NotFoldable, RewriteError, SaracWarning
+from sarac.ir.gram import product_factors
 from sarac.ir.layers import adapted
 from sarac.ir.layout import TRANSPOSED, Layout, kernel
 from sarac.ir.pipeline import adopt
 from sarac.ir.plan import Plan
 from sarac.ir.record import record_of, require_whole
-from sarac.ir.spectrum import product_factors
 from sarac.ir.weight import Slot
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sarac.ir.gram import spectrum
 from sarac.ir.graph import ModelGraph
-from sarac.ir.spectrum import Spectrum, require_share, spectrum
+from sarac.ir.spectrum import Spectrum, require_share
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import ClassVar
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import PlanError, SaracWarning, near
+from sarac.ir.gram import spectrum
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.methods import at_rank, build, describe, trainable_count
 from sarac.ir.plan import Plan
 from sarac.ir.rule import Rule
-from sarac.ir.spectrum import Spectrum, spectrum
+from sarac.ir.spectrum import Spectrum
 
 Where = str | Sequence[str] | Callable[[Site], bool] | None
 

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "ir.check": "ir.errors",
     "ir.spectrum": "ir.errors",
     "ir.terms": "",
-    "ir.start": "ir.errors ir.spectrum",
+    "ir.gram": "ir.errors ir.spectrum",
+    "ir.certify": "ir.gram ir.spectrum",
+    "ir.start": "ir.errors ir.gram",
     "ir.adapters": "ir.errors ir.terms ir.start",
     "ir.methods": "ir.errors ir.start ir.adapters",
     "ir.rule": "ir.errors ir.spectrum ir.methods",
@@ -80,7 +82,7 @@ EMPTY = ("sarac.ir", "sarac.passes", "sarac.backends")  # packages whose __init_
 # Words that only one room may say, as patterns over dotted names; a name that was not imported begins with a dot.
 OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
-    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.spectrum"),
+    "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram ir.certify"),
     "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.onnx"),
     "ONNX": (r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b", "backends.onnx backends.runtime"),

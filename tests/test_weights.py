@@ -14,8 +14,8 @@ from zoo import VOCABULARY, bert, close, differ, ids, llama, mlp, outputs, same,
 
 import sarac
 from sarac.ir import weight
+from sarac.ir.gram import spectrum
 from sarac.ir.layers import adapted
-from sarac.ir.spectrum import spectrum
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -12,11 +12,12 @@ from typing import Generic, TypeVar
 
 from sarac.ir.errors import PlanError, near
 from sarac.ir.methods import METHODS
-from sarac.ir.spectrum import Spectrum, require_share
+from sarac.ir.spectrum import SLACK, Spectrum, require_share
 
 Key = TypeVar("Key", bound=Hashable)  # what a matrix is known by: its weight's name, and which of a stack it is
 RULES = ("threshold", "energy", "rank", "budget", "uniform")
 NONE = "none"  # what an override says of a weight that gets no adapter
+_LEAST = math.ulp(0.0)  # a threshold at which every rank is 1
 _OWN = ("min", "max")  # options that an override does not take over from the rule
 
 
@@ -103,31 +104,34 @@ class Rule:
     def _budgeted(
         self, spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int], budget: int, spent: int
     ) -> Decided[Key]:
-        def at(share: float) -> dict[Key, int]:
-            return {key: self._clamp(s.rank_at(share), s) for key, s in spectra.items()}
+        def at(share: float, rank_at: Callable[[Spectrum, float], int]) -> dict[Key, int]:
+            return {key: self._clamp(rank_at(s, share), s) for key, s in spectra.items()}
 
         def total(ranks: Mapping[Key, int]) -> int:
             return spent + sum(cost(key, rank) for key, rank in ranks.items())
 
-        first, last = math.ulp(0.0), 1.0  # the totals grow with the threshold, so bisecting the doubles finds the one
-        least, ranks = at(first), at(last)
-        if total(least) > budget:
+        def found(rank_at: Callable[[Spectrum, float], int]) -> float:
+            """The largest of all thresholds that fits: the totals grow with it, so bisecting the doubles finds it."""
+            first, last = _LEAST, 1.0
+            if total(at(last, rank_at)) <= budget:
+                return last
+            while first < (middle := (first + last) / 2) < last:
+                first, last = (middle, last) if total(at(middle, rank_at)) <= budget else (first, middle)
+            ranks = at(first, rank_at)  # a short number with the same ranks is read more easily, and far from where they change
+            return next((t for digits in range(1, 17) if (t := _floored(first, digits)) and at(t, rank_at) == ranks), first)
+
+        least = total(at(_LEAST, _counted))
+        if least > budget:
             fixed = f" Overrides alone train {spent}." if spent else ""
             raise PlanError(
-                f"The budget of {budget} numbers fits nothing: the least that this plan trains is {total(least)}.{fixed} Give "
-                "that much, or take fewer weights."
+                f"The budget of {budget} numbers fits nothing: the least that this plan trains is {least}.{fixed} Give that much, "
+                "or take fewer weights."
             )
-        if total(ranks) > budget:
-            ranks = least
-            while first < (middle := (first + last) / 2) < last:
-                tried = at(middle)
-                if total(tried) <= budget:
-                    first, ranks = middle, tried
-                else:
-                    last = middle
-        else:
-            first = last
-        share = next((t for digits in range(1, 17) if (t := _floored(first, digits)) and at(t) == ranks), first)
+        share = found(_counted)
+        ranks = at(share, Spectrum.rank_at)
+        if ranks != at(share, _counted):  # within the errors of the values: once more by what is certain
+            share = found(Spectrum.rank_at)
+            ranks = at(share, Spectrum.rank_at)
         return Decided(ranks, f"threshold:{share!r}; {budget - total(ranks):,} of {budget:,} numbers left over")
 
     def _uniform(self, like: Decided[Key], spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int]) -> Decided[Key]:
@@ -211,6 +215,13 @@ def _override(text: str, general: list[str]) -> Override:
     if method:
         taken = {name: value for name, value in taken.items() if name == "multiple"}
     return Override(glob, _shaped(_head(head), head, {**taken, **own}, text), method)
+
+
+def _counted(spectrum: Spectrum, share: float) -> int:
+    """The rank at a share by the values as they were measured, whatever their errors."""
+    goal = share - SLACK * spectrum.full_rank
+    found = int((spectrum.shares() < goal).sum()) + 1 if share < 1.0 else spectrum.numerical_rank
+    return max(1, min(found, spectrum.numerical_rank))
 
 
 def _floored(value: float, digits: int) -> float:

@@ -1,10 +1,14 @@
-"""Singular values and vectors of a weight, and the rank at which their sum reaches a share: the heart of SARA."""
+"""The singular values of a weight as a value, and the rank at which their sum reaches a share: the heart of SARA.
+
+Values may come with bounds on their error. A rank is then read off them only where every spectrum within the bounds has the
+same one; elsewhere the weight is measured again by a true SVD, and `how` and `note` say so.
+"""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +17,7 @@ from sarac.ir.errors import PlanError, SpectrumError
 
 # A share of the sum is compared with this many units of float64 rounding to spare for each value summed: without it an
 # identity matrix of n values would miss its exact share k / n by the rounding of the sum.
-_SLACK = 8.0 * torch.finfo(torch.float64).eps
-_SMALL = 2048
+SLACK = 8.0 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -22,63 +25,133 @@ class Spectrum:
     """All singular values of one weight, descending, in float64, and the size below which they count as zero.
 
     Of a stack of matrices `parts` has each one's own and `values`, shape (parts, n), all of them; ranks are the largest ones.
+    `errors` bounds |value - true value|; None for a true SVD, whose rounding the comparison's slack covers. Where only leading
+    values are known, `rest` bounds the sum of all others that are not zero, and `size` says how many values there are.
     """
 
     values: Tensor
     floor: float
     parts: tuple["Spectrum", ...] = ()
+    errors: Tensor | None = None
+    rest: tuple[float, float] | None = None
+    size: int = 0
+    way: str = "svd"  # svd, gram or certified: how the values were found
+    reason: str = ""  # why that was not the usual way
+    basis: Tensor | None = field(default=None, compare=False, repr=False)  # (k, n): leading vectors of the smaller side
+    refine: Callable[[str], "Spectrum"] | None = field(default=None, compare=False, repr=False)  # by a true SVD, and why
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the way back to the weight, which does not travel."""
+        return {**self.__dict__, "refine": None, "parts": self.parts}
 
     @property
     def full_rank(self) -> int:
         """How many values there are: min(out, in)."""
-        return self.values.shape[-1]
+        return self.size or self.values.shape[-1]
 
     @property
     def matrices(self) -> tuple["Spectrum", ...]:
         """The spectrum of every matrix: itself, or the parts of a stack."""
         return self.parts or (self,)
 
+    @property
+    def how(self) -> str:
+        """How the values were found: gram, svd or certified; of a stack every way that was taken."""
+        return ", ".join(dict.fromkeys(part._latest.way for part in self.matrices))
+
+    @property
+    def note(self) -> str:
+        """Why a weight, or which of a stack, was not measured the usual way; "" where it was."""
+        told = {i: part._latest.reason for i, part in enumerate(self.matrices) if part._latest.reason}
+        if not told or not self.parts:
+            return told.get(0, "")
+        first = next(iter(told))
+        return f"matrix {first}: {told[first]}" + (f" ({len(told)} such)" if len(told) > 1 else "")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every value is zero."""
+        return not bool((self.values > 0).any())
+
     @cached_property
     def numerical_rank(self) -> int:
         """How many values count as non-zero."""
         if self.parts:
             return max(part.numerical_rank for part in self.parts)
-        return int((self.values > self.floor).sum())
+        return self._whole.numerical_rank if self.rest else int((self.values > self.floor).sum())
 
     def rank_at(self, threshold: float) -> int:
         """The smallest k with s1 + … + sk >= threshold · (s1 + … + sn); threshold in (0, 1], k in 1..n."""
         if self.parts:
             return max(part.rank_at(threshold) for part in self.parts)
-        return self._rank_at(threshold, self._sums)
+        found = self._rank_at(threshold, *self._sums, self.rest)
+        return found or self._exact(f"k at {threshold:g} lies within the error of the values").rank_at(threshold)
 
     def rank_at_energy(self, threshold: float) -> int:
         """The smallest k with s1² + … + sk² >= threshold · (s1² + … + sn²); threshold in (0, 1], k in 1..n."""
         if self.parts:
             return max(part.rank_at_energy(threshold) for part in self.parts)
-        return self._rank_at(threshold, self._squares)
+        if self.rest:
+            return self._whole.rank_at_energy(threshold)
+        found = self._rank_at(threshold, *self._squares, None)
+        return found or self._exact(f"k at energy {threshold:g} lies within the error of the values").rank_at_energy(threshold)
+
+    def decided(self, threshold: float) -> bool:
+        """Whether the values and their errors leave one rank only at this threshold."""
+        return all(part._rank_at(threshold, *part._sums, part.rest) > 0 for part in self.matrices)
 
     def shares(self) -> Tensor:
         """The share of the sum that the first k values reach, for k = 1..n, shape (n,); ones for a zero weight."""
-        return self._sums / self._sums[-1] if self._sums[-1] > 0 else torch.ones_like(self._sums)
+        if self.rest:
+            return self._whole.shares()
+        sums, _ = self._sums
+        return sums / sums[-1] if sums[-1] > 0 else torch.ones_like(sums)
+
+    @property
+    def _whole(self) -> "Spectrum":
+        return self._exact("all values were asked for, and the leading ones were measured")
+
+    def _exact(self, reason: str) -> "Spectrum":
+        """The spectrum by a true SVD; SpectrumError where the weight is not at hand any more."""
+        if self._latest is self and self.refine is None:
+            raise SpectrumError(f"The weight is to be measured again, because {reason}; and it is not at hand: analyze it anew.")
+        if self._latest is self and self.refine is not None:
+            self.__dict__["_refined"] = self.refine(reason)
+        return self._latest
+
+    @property
+    def _latest(self) -> "Spectrum":
+        found = self.__dict__.get("_refined", self)
+        return found if isinstance(found, Spectrum) else self
 
     @cached_property
-    def _nonzero(self) -> Tensor:
-        return torch.where(self.values > self.floor, self.values, 0.0)
+    def _sums(self) -> tuple[Tensor, Tensor | None]:
+        """The sums of the first k values, and bounds on their errors."""
+        kept = self.values > self.floor
+        errors = None if self.errors is None else torch.where(kept, self.errors, 0.0).cumsum(0)
+        return torch.where(kept, self.values, 0.0).cumsum(0), errors
 
     @cached_property
-    def _sums(self) -> Tensor:
-        return self._nonzero.cumsum(0)
+    def _squares(self) -> tuple[Tensor, Tensor | None]:
+        kept = self.values > self.floor
+        wide = None if self.errors is None else self.errors * (2.0 * self.values + self.errors)
+        errors = None if wide is None else torch.where(kept, wide, 0.0).cumsum(0)
+        return torch.where(kept, self.values.square(), 0.0).cumsum(0), errors
 
-    @cached_property
-    def _squares(self) -> Tensor:
-        return self._nonzero.square().cumsum(0)
-
-    def _rank_at(self, threshold: float, sums: Tensor) -> int:
+    def _rank_at(self, threshold: float, sums: Tensor, errors: Tensor | None, rest: tuple[float, float] | None) -> int:
+        """The rank, or 0 where the errors leave it undecided."""
         require_share(threshold)
         if threshold == 1.0:  # asks for every value that is not zero, also for one smaller than the slack
             return max(1, self.numerical_rank)
-        goal = float(sums[-1]) * (threshold - _SLACK * self.full_rank)
-        return min(int((sums < goal).sum()) + 1, max(1, self.numerical_rank))
+        low, high = rest or (0.0, 0.0)
+        share = threshold - SLACK * self.full_rank
+        goal = share * (float(sums[-1]) + (low + high) / 2.0)
+        k = int((sums < goal).sum()) + 1
+        if errors is None:
+            return min(k, max(1, self.numerical_rank))
+        spare = share * (float(errors[-1]) + (high - low) / 2.0)
+        reached = k <= len(sums) and bool(sums[k - 1] - errors[k - 1] >= goal + spare)
+        return k if reached and (k == 1 or bool(sums[k - 2] + errors[k - 2] < goal - spare)) else 0
 
 
 def require_share(threshold: float) -> None:
@@ -87,71 +160,13 @@ def require_share(threshold: float) -> None:
         raise PlanError(f"A threshold is a share in (0, 1]; {threshold!r} is not. Give for example threshold:0.6.")
 
 
-def spectrum(weight: Tensor, name: str = "the weight") -> Spectrum:
-    """The singular values of `weight`, (out, in) or a stack (parts, out, in), by a float64 SVD; `name` is for errors.
-
-    Values up to max(out, in) · eps · s1 count as zero, the rule of numpy.linalg.matrix_rank, with eps of the stored dtype or of
-    float32, whichever is smaller: at bfloat16's eps of 2^-7 every value of a matrix wider than 128 would count as zero.
-    """
-    if weight.ndim == 3:
-        parts = tuple(spectrum(matrix, f"{name}[{i}]") for i, matrix in enumerate(weight))
-        return Spectrum(torch.stack([part.values for part in parts]), max(part.floor for part in parts), parts)
-    _require_usable(weight, name)
-    with _one_thread(weight):
-        values = torch.linalg.svdvals(weight.detach().double()).cpu()
-    return Spectrum(values, _floor(weight, values))
+def stacked(parts: tuple[Spectrum, ...]) -> Spectrum:
+    """The spectrum of a stack from those of its matrices."""
+    return Spectrum(torch.stack([part.values for part in parts]), max(part.floor for part in parts), parts)
 
 
-def factors(weight: Tensor, rank: int, name: str = "the weight") -> tuple[Tensor, Tensor, Tensor, float]:
-    """The leading U (out, rank), s (rank,), V (rank, in) with W ≈ U diag(s) V in float64, and the zero floor.
-
-    The signs are fixed by making each row of V positive at its largest entry, so that two runs agree.
-    """
-    _require_usable(weight, name)
-    with _one_thread(weight):
-        u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    floor = _floor(weight, s)
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    signs = torch.gather(v, 1, v.abs().argmax(1, keepdim=True)).sign()
-    return u * signs.T, s, v * signs, floor
-
-
-def product_factors(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), s (k,), V (k, in) with U diag(s) V = B A, from B (out, r) and A (r, in); zero directions are left out.
-
-    Two thin QRs and the SVD of an r x r matrix, in float64: the large product is never formed.
-    """
-    left, right = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(left.R @ right.R.T)
-    rank = max(1, int((s > s.numel() * torch.finfo(torch.float64).eps * s[0]).sum()))
-    return left.Q @ u[:, :rank], s[:rank], v[:rank] @ right.Q.T
-
-
-@contextmanager
-def _one_thread(weight: Tensor) -> Iterator[None]:
-    """Decompose a small matrix on one CPU thread: where cores are shared a second one makes it five times slower."""
-    before = torch.get_num_threads()
-    alone = weight.device.type == "cpu" and min(weight.shape) <= _SMALL
-    try:
-        torch.set_num_threads(1 if alone else before)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _floor(weight: Tensor, values: Tensor) -> float:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return max(weight.shape) * torch.finfo(dtype).eps * float(values[0])
-
-
-def _require_usable(weight: Tensor, name: str) -> None:
-    if weight.is_meta:
-        raise SpectrumError(
-            f"{name} lies on the meta device and has no values: load the model's weights first, and without offloading them."
-        )
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise SpectrumError(f"{name} has shape {tuple(weight.shape)}; a spectrum needs two dimensions and some values.")
-    wide = weight.detach().float() if weight.dtype.itemsize == 1 else weight
-    if not bool(torch.isfinite(wide).all()):
-        kind = "NaN" if bool(torch.isnan(wide).any()) else "Inf"
-        raise SpectrumError(f"{name} contains {kind}: it has no singular values. Mend the checkpoint, or leave it out.")
+def refining(spectrum: Spectrum, refine: Callable[[str], Spectrum], part: Callable[[int], Callable[[str], Spectrum]]) -> Spectrum:
+    """The same with a way back to the weight, or to each matrix of a stack, which a file or another process cannot hold."""
+    if not spectrum.parts:
+        return replace(spectrum, refine=refine)
+    return replace(spectrum, parts=tuple(replace(one, refine=part(i)) for i, one in enumerate(spectrum.parts)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sarac.ir.errors import PlanError
-from sarac.ir.spectrum import factors
+from sarac.ir.gram import factors
 
 Tensors = Mapping[str, Any]
 

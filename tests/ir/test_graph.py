@@ -8,10 +8,10 @@ from torch import nn
 from zoo import Shared, Twice, llama, mlp
 
 from sarac.ir.errors import TraceError
+from sarac.ir.gram import spectrum
 from sarac.ir.graph import META, fact, owners
 from sarac.ir.layout import TRANSPOSED
 from sarac.ir.pipeline import run
-from sarac.ir.spectrum import spectrum
 from sarac.passes.analyze import Analyze
 from sarac.trace import trace
 

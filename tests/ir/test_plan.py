@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import PlanError
+from sarac.ir.gram import spectrum
 from sarac.ir.methods import trainable_count
 from sarac.ir.plan import Plan
 from sarac.ir.rule import Rule
-from sarac.ir.spectrum import Spectrum, spectrum
+from sarac.ir.spectrum import Spectrum
 
 RANKS = st.integers(1, 4096)
 SARAS = st.builds(Sara, RANKS) | st.builds(Sara, RANKS, st.just("factors"), st.sampled_from(["svd", "random"]))

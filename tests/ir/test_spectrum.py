@@ -13,7 +13,7 @@ from zoo import close
 
 from sarac.ir import check
 from sarac.ir.errors import PlanError, SpectrumError
-from sarac.ir.spectrum import factors, product_factors, spectrum
+from sarac.ir.gram import factors, product_factors, spectrum
 
 SIZES = st.integers(1, 9)
 SHARES = st.floats(0.0, 1.0, exclude_min=True)

@@ -8,9 +8,9 @@ from torch import nn
 from zoo import Own, Shared, mlp, require_untouched, snapshot
 
 from sarac.ir.errors import PlanError, SpectrumError
+from sarac.ir.gram import spectrum
 from sarac.ir.graph import fact
 from sarac.ir.pipeline import run
-from sarac.ir.spectrum import spectrum
 from sarac.passes.analyze import Analyze
 from sarac.trace import trace
 

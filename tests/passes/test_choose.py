@@ -10,9 +10,9 @@ from zoo import Own, Shared, TiedHead, adapt, llama, mlp, trainables
 
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import PlanError, SaracWarning, SpectrumError
+from sarac.ir.gram import spectrum
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
-from sarac.ir.spectrum import spectrum
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose
 from sarac.trace import trace
