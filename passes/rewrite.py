@@ -47,6 +47,8 @@ class Rewrite:
             raise RewriteError("The model is already transformed: fold it first (sarac.fold), or transform the source.")
         cache = store()
         tensors = {name: self._tensors(graph, graph.site(name), adapter, cache) for name, adapter in plan.sites.items()}
+        for name, adapter in plan.sites.items():  # one Parameter under two names, as of tied weights
+            tensors[name] |= {role: tensors[adapter.router_of][theirs] for role, theirs in adapter.borrowed.items()}
         trained = {name: parameter.requires_grad for name, parameter in graph.module.named_parameters()}
         originals = {name: graph.module.get_parameter(name).detach() for name in plan.also_train}
         if self.inplace:
@@ -59,8 +61,9 @@ class Rewrite:
     def _tensors(self, graph: ModelGraph, site: Site, adapter: Adapter, cache: Store | None) -> dict[str, nn.Parameter]:
         # A seed of its own for each site: what one starts at does not depend on which others are adapted.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
-        weight, made = graph.weight(site), dict(self.given.get(site.name, {}))
-        if set(made) != set(adapter.shapes(*site.shape)):
+        weight, own = graph.weight(site), [role for role in adapter.shapes(*site.shape) if role not in adapter.borrowed]
+        made = {role: tensor for role, tensor in self.given.get(site.name, {}).items() if role in own}
+        if set(made) != set(own):
             made = {**adapter.init(weight, generator, site.name, partial(leading, cache=cache)), **made}
         parameters = {}
         for role, tensor in made.items():
@@ -123,7 +126,7 @@ def _worthwhile(match: Match, slot: Slot) -> bool:
 
     A grouped convolution would run V for every group: k maps a channel where the effective kernel is a few numbers.
     """
-    if match.layout not in (slot.layout, slot.layout.flipped):
+    if not slot.serves(match.layout):
         return False
     grouped = match.how[:1] == ("conv",) and match.how[-1] != 1
     return not (grouped and slot.adapter.foldable)

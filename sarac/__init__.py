@@ -21,6 +21,7 @@ from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
+from sarac.planning import plan
 from sarac.shelf import adapters, use
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
@@ -53,6 +54,7 @@ __all__ = [
     "fold",
     "load",
     "load_adapter",
+    "plan",
     "recommended_lr",
     "run",
     "save",

@@ -12,6 +12,7 @@ from sarac import storage
 from sarac.ir.errors import CheckpointError, InputError
 from sarac.ir.inputs import InputSpec
 from sarac.ir.record import __version__
+from sarac.planning import schema
 from sarac.recipe import open_model
 
 _MODEL = "A transformers folder or hub name, timm:NAME, package.module:factory, or a model.pt of sarac's."
@@ -21,6 +22,8 @@ _TRUST = "Open MODEL even if it is a pickled module, which runs code that stands
 _WHERE = "Only weights of these names, such as '*.q_proj.weight'; repeatable. Default: all but output heads and embeddings."
 _ALSO = "Further parameters that train whole, such as '*norm*'; repeatable."
 _PLAN = "threshold:0.6, energy:0.9, rank:16, budget:0.5% or budget:1000, options behind (',min=4'); or a plan's JSON file."
+_RULE = "threshold:0.6, energy:0.9, rank:16, budget:0.5%, budget:1000 or uniform:like=RULE. Default: threshold:0.6."
+_OVERRIDE = "GLOB=RULE: a rule of their own, or none, for weights of these names; repeatable, the last that matches holds."
 _METHOD = "sara trains a shift for each singular value; mosara several, and a router that mixes them."
 _SPECS = "An input of the model, name:dtype[sizes], such as x:float32[2,16] or ids:int64[2,16]<100; repeatable."
 _ROUTING = "mean: fix the gates of routed adapters at their mean over --calibration, an approximation."
@@ -46,6 +49,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        typer.echo(schema().rstrip())
+        raise typer.Exit
+
+
+_SCHEMA = typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of a plan and leave.")
+Schema = Annotated[bool, _SCHEMA]
 _VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
 Version = Annotated[bool, _VERSION]
 
@@ -64,6 +75,15 @@ Where = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_WHERE)]
 AlsoTrain = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_ALSO)]
 Plan = Annotated[str, typer.Option(metavar="RULE", help=_PLAN)]
 NewPlan = Annotated[str | None, typer.Option(metavar="RULE", help=f"{_PLAN} Default for a plain MODEL: threshold:0.6.")]
+Rule = Annotated[str | None, typer.Option(metavar="RULE", help=_RULE)]
+Overrides = Annotated[list[str] | None, typer.Option("--override", metavar="GLOB=RULE", help=_OVERRIDE)]
+Least = Annotated[int | None, typer.Option("--min", help="No rank below this one.")]
+Most = Annotated[int | None, typer.Option("--max", help="No rank above this one.")]
+Multiple = Annotated[int | None, typer.Option(help="Round every rank up to a multiple of this, such as 8 for matrix units.")]
+PlanFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The JSON file to write.")]
+PlanSites = Annotated[bool, typer.Option("--sites", help="A row for each weight.")]
+PlanA = Annotated[Path, typer.Argument(metavar="A", help="A plan's JSON file.")]
+PlanB = Annotated[Path, typer.Argument(metavar="B", help="Another one.")]
 Method = Annotated[Literal["sara", "mosara"], typer.Option(help=_METHOD)]
 NewMethod = Annotated[Literal["sara", "mosara"] | None, typer.Option(help=f"{_METHOD} Default for a plain MODEL: sara.")]
 Specs = Annotated[list[str] | None, typer.Option("--input", metavar="SPEC", help=_SPECS)]
@@ -104,6 +124,18 @@ def opened(source: str, args: str | None, factory: str | None, trust_pickle: boo
     if factory is not None:
         raise typer.BadParameter(f"it goes with a model.pt: name {factory} in place of {source}.", param_hint="--model")
     return open_model(source, arguments)
+
+
+def overrides_of(texts: list[str] | None) -> dict[str, str]:
+    """The overrides by glob, the last one of a glob at its place; BadParameter for what is no GLOB=RULE."""
+    found: dict[str, str] = {}
+    for text in texts or []:
+        glob, equals, rule = text.partition("=")
+        if not glob or not equals or not rule:
+            raise typer.BadParameter(f"{text!r} is no GLOB=RULE: write '*.o_proj.weight=rank:8'.", param_hint="--override")
+        found.pop(glob, None)
+        found[glob] = rule
+    return found
 
 
 def spec_of(texts: list[str] | None) -> InputSpec | None:

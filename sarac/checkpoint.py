@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,12 @@ def writes(model: nn.Module) -> bool:
 
 
 def tensors_of(model: nn.Module) -> Adapters:
-    """The adapters' tensors of an adapted model, by site and role."""
+    """The adapters' tensors of an adapted model, by site and role; what a site borrows is given by its owner alone."""
     found: Adapters = {}
     for _, module, state in adapted(model):
         for slot in state.slots.values():
-            found[slot.site] = {role: whole(tensor.detach()) for role, tensor in slot.tensors(module).items()}
+            own = {role: tensor for role, tensor in slot.tensors(module).items() if role not in slot.adapter.borrowed}
+            found[slot.site] = {role: whole(tensor.detach()) for role, tensor in own.items()}
     return found
 
 
@@ -210,14 +211,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str, loose: Mappi
         present[name].data = (loose or {})[name]
 
 
-def base_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
+def base_hashes(weights: Mapping[str, Tensor], precisions: Sequence[str] = tuple(_PRECISIONS)) -> dict[str, str]:
     """SHA-256 over names, shapes and values of the weights, by precision: what factors computed from them depend on."""
-    digests = {name: hashlib.sha256() for name in _PRECISIONS}
+    digests = {name: hashlib.sha256() for name in precisions}
     for weight_name in sorted(weights):
         weight = whole(weights[weight_name].detach()).cpu()
-        for name, dtype in _PRECISIONS.items():
+        for name in precisions:
             digests[name].update(f"{weight_name} {tuple(weight.shape)}".encode())
-            digests[name].update(weight.to(dtype).contiguous().view(torch.uint8).numpy().data)
+            digests[name].update(weight.to(_PRECISIONS[name]).contiguous().view(torch.uint8).numpy().data)
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
@@ -277,7 +278,7 @@ def _require_complete(path: str | Path, plan: Plan, adapters: Adapters, given: t
     """
     for site, adapter in plan.sites.items():
         found = {role: tuple(tensor.shape) for role, tensor in adapters.get(site, {}).items()}
-        wanted = adapter.shapes(*_UNKNOWN)
+        wanted = {role: shape for role, shape in adapter.shapes(*_UNKNOWN).items() if role not in adapter.borrowed}
         lost = [role for role in wanted if role not in found and (role in adapter.trainable or role not in given)]
         odd = [role for role in found if role not in wanted or (_UNKNOWN[0] not in wanted[role] and wanted[role] != found[role])]
         if lost or odd:

@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from sarac import arguments as take
-from sarac import commands, storage, surgery, text
+from sarac import commands, plans, storage, surgery, text
 from sarac import doctor as diagnosis
 from sarac.checkpoint import tensors_of, written
 from sarac.folders import Folder
@@ -82,6 +82,9 @@ def analyze(
     show(as_json, analysis.to_json(), analysis.table(sites), *([analysis.left_out_table(sites)] if analysis.left_out else []))
 
 
+app.add_typer(plans.app, name="plan")
+
+
 @app.command(epilog="Example: sarac transform ./llama --plan threshold:0.6 --out model.pt")
 def transform(
     model: take.Source,
@@ -89,6 +92,7 @@ def transform(
     plan: take.Plan = "threshold:0.6",
     method: take.Method = "sara",
     where: take.Where = None,
+    overrides: take.Overrides = None,
     also_train: take.AlsoTrain = None,
     seed: take.Seed = 0,
     specs: take.Specs = None,
@@ -104,6 +108,7 @@ def transform(
     spec = take.spec_of(specs)
     opened = take.opened(model, args, factory, trust_pickle)
     chosen: dict[str, Any] = {"method": method, "where": where or None, "also_train": also_train or None, "seed": seed}
+    chosen["overrides"] = take.overrides_of(overrides)
     with busy("Transforming"), switched(not no_cache):
         result = surgery.transform(opened, plan, example_inputs=spec and spec.sample(), **chosen)
     storage.save(result, out, example_inputs=spec)

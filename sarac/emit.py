@@ -21,12 +21,13 @@ from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError
 from sarac.ir.graph import Folded, ModelGraph
-from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
+from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
-from sarac.ir.record import __version__, inputs_of, record_of, require_whole
+from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
 from sarac.surgery import disabled
+from sarac.text import input_spec
 from sarac.trace import trace
 
 _OPSETS = range(18, 26)  # what the exporters underneath can write
@@ -212,16 +213,10 @@ def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:
     """The inputs to capture on and their spec: given ones, those of the model's input spec, or transformers' token ids."""
-    kept = InputSpec.from_json(inputs_of(model)) if inputs_of(model) else None
-    if isinstance(example, InputSpec):
-        kept, example = example, None
-    if example is not None:
+    if example is not None and not isinstance(example, InputSpec):
         inputs = Inputs.of(example)
         return inputs, InputSpec.of(inputs)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if kept is None and isinstance(vocabulary, int) and getattr(model, "main_input_name", "") == "input_ids":
-        ids = TensorSpec("input_ids", "int64", (2, 16), vocabulary)
-        kept = InputSpec((ids, TensorSpec("attention_mask", "int64", (2, 16))))
+    kept = example or input_spec(model)
     if kept is None:
         raise InputError(
             f"{type(model).__name__} comes without a description of its inputs: give example_inputs, or on the command line "

@@ -27,6 +27,7 @@ from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
 from sarac.passes.fold import Fold
 from sarac.passes.rewrite import Rewrite
+from sarac.planning import warn_of_other_base
 from sarac.report import Analysis
 from sarac.storage import opened
 from sarac.trace import trace
@@ -84,6 +85,7 @@ def transform(
     method: str = "sara",
     where: Where = None,
     also_train: str | Sequence[str] | None = None,
+    overrides: Mapping[str, str] | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     seed: int = 0,
@@ -94,13 +96,16 @@ def transform(
     It computes the same as `model` to the last bit until it is trained, and shares all base tensors with it.
     `plan`: a rule (`threshold:0.6,min=4`), a Plan, or a plan's JSON path. `also_train`: globs of parameters to train whole.
     `cache=False` decomposes anew what was decomposed before.
+    `overrides`: rules of their own by glob, or "none": {"*.down_proj.weight": "rank:8"}; the last glob that matches wins.
     """
     graph = trace(model, example_inputs)
-    choose = Choose(plan, method, where, also_train)
+    choose = Choose(plan, method, where, also_train, overrides)
     measure = []
-    if given_plan(plan) is None:
-        choose.require_sound()
-        measure = [Analyze(names=frozenset(chosen_sites(graph, where)))]
+    given = given_plan(plan)
+    if given is not None:
+        warn_of_other_base(given, graph)
+    else:
+        measure = [Analyze(names=frozenset(choose.measured(graph)))]
     with switched(cache):
         graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:

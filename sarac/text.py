@@ -67,6 +67,17 @@ def token_spec(model: nn.Module, vocabulary: int) -> InputSpec:
     return InputSpec(tuple(tensors))
 
 
+def input_spec(model: nn.Module) -> InputSpec | None:
+    """What the model knows of its inputs: the spec that was kept with it, or transformers' token ids; None for neither."""
+    kept = inputs_of(model)
+    if kept:
+        return InputSpec.from_json(kept)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(vocabulary, int) and getattr(model, "main_input_name", "") == "input_ids":
+        return token_spec(model, vocabulary)
+    return None
+
+
 def read_rows(path: Path, tokenizer: Any, length: int, vocabulary: int) -> Rows:
     """The rows of a JSONL file as at most `length` tokens each; InputError, with its line, for a row that is not one."""
     items, left_out = [], 0

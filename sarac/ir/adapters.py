@@ -16,21 +16,21 @@ is ten times δ's here).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from sarac.ir.errors import NotFoldable, PlanError
+from sarac.ir.errors import NotFoldable
 from sarac.ir.gram import factors
+from sarac.ir.start import Factors, Tensors, each, product, require, require_ranks, small, stacked, svd_tensors
 from sarac.ir.terms import LINEAR, How, add, mix, project, score
 
-Tensors = Mapping[str, Any]
-Factors = Callable[[Tensor, int, str], tuple[Tensor, Tensor, Tensor, float]]  # as sarac.ir.gram.factors
 TRAINS = ("singular_values", "factors")
 INITS = ("svd", "random")
+SCOPES = ("site", "group")
 ROUTERS = ("soft", "topk", "hard", "uniform")
 PARAMETRISATION = "relative"  # files say that the shift is δ = λ / s, not λ
 # The best rates of the pilot above.
@@ -62,11 +62,19 @@ class Adapter(Protocol):
     def parts(self) -> tuple[int, ...]:
         """The rank of every matrix of a stack, the largest being `rank`; () for one matrix."""
 
+    @property
+    def router_of(self) -> str:
+        """The site whose tensors serve here too; "" for none."""
+
+    @property
+    def borrowed(self) -> Mapping[str, str]:
+        """The roles whose tensors are those of `router_of`, with the roles that they have there; they train with that site."""
+
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by role, for a weight of shape (out, inner), or a stack of such."""
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
-        """The tensors by role at which the method changes nothing, for a weight (out, in) or (parts, out, in)."""
+        """The tensors by role at which the method changes nothing, for a weight (out, in) or a stack; none that is borrowed."""
 
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """The adapted output, from the input x (…, in) and the base's output y (…, out) of that linear operation."""
@@ -89,9 +97,11 @@ class Sara:
     parts: tuple[int, ...] = ()
     method: ClassVar[str] = "sara"
     foldable: ClassVar[bool] = True
+    router_of: ClassVar[str] = ""
+    borrowed: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        _require_ranks(self.rank, self.parts)
+        require_ranks(self.rank, self.parts)
         require(self.train in TRAINS, f"train={self.train}", f"train is one of {', '.join(TRAINS)}")
         require(self.basis in INITS, f"init={self.basis}", f"init is one of {', '.join(INITS)}")
         fits = self.train == "factors" or self.basis == "svd"
@@ -112,22 +122,22 @@ class Sara:
     def shapes(self, out: int, inner: int) -> dict[str, tuple[int, ...]]:
         """U (out, k), V (k, in), the scale s (k,) and the shift δ (k,); each with `parts` in front for a stack."""
         k = self.rank
-        return _each({"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (k,)}, self.parts)
+        return each({"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (k,)}, self.parts)
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
         """Factors of `weight` (out, in) in its dtype, and δ = 0."""
         if self.parts:
-            return _stacked(self, weight, generator, name, factors)
+            return stacked(self, weight, generator, name, factors)
         if self.basis == "svd":
-            return {**_svd_tensors(*factors(weight, self.rank, name), weight), "shift": _small(weight, self.rank)}
+            return {**svd_tensors(*factors(weight, self.rank, name), weight), "shift": small(weight, self.rank)}
         out, inner = weight.shape
         u = torch.randn(out, self.rank, generator=generator, device="cpu") / out**0.5  # columns of norm 1, as an SVD's have
         v = torch.randn(self.rank, inner, generator=generator, device="cpu") / inner**0.5
         return {
             "u": u.to(weight),
             "v": v.to(weight),
-            "scale": _small(weight, self.rank) + 1.0,
-            "shift": _small(weight, self.rank),
+            "scale": small(weight, self.rank) + 1.0,
+            "shift": small(weight, self.rank),
         }
 
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
@@ -138,7 +148,7 @@ class Sara:
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(δ ⊙ s) V, shape (out, in)."""
-        return _product(tensors, tensors["shift"] * tensors["scale"])
+        return product(tensors, tensors["shift"] * tensors["scale"])
 
 
 @dataclass(frozen=True)
@@ -147,18 +157,22 @@ class MoSara:
 
     `router`: soft (all sets), topk:N (the N largest gates, not renormalised, so that topk:1 still trains R and
     topk:sets is soft), hard (the largest counts as 1, straight-through gradient), uniform (1 / sets, no R: the control).
-    `bottleneck`: R as a product through that width; 0 for none.
+    `bottleneck`: R as a product through that width; 0 for none. `router_scope`: site, or group: sites that read one input
+    have one router, R V x of the first of them, which the others name as `router_of`, and whose rank is `router_rank`.
     """
 
     rank: int
     sets: int = 5
     router: str = "soft"
     bottleneck: int = 0
+    router_scope: str = "site"
+    router_of: str = field(default="", metadata={"sparse": True})  # written only where it is set
+    router_rank: int = 0  # follows from the plan
     parts: tuple[int, ...] = ()
     method: ClassVar[str] = "mosara"
 
     def __post_init__(self) -> None:
-        _require_ranks(self.rank, self.parts)
+        require_ranks(self.rank, self.parts)
         require(self.sets >= 1, f"sets={self.sets}", "there is at least 1 set")
         require(self.bottleneck >= 0, f"bottleneck={self.bottleneck}", "a width is at least 1, or 0 for none")
         kind, _, count = self.router.partition(":")
@@ -166,6 +180,9 @@ class MoSara:
         require(known, f"router={self.router}", "router is soft, topk:N, hard or uniform")
         fits = kind != "topk" or (count.isdigit() and 1 <= int(count) <= self.sets)
         require(fits, f"router={self.router}", f"N is a number from 1 to sets ({self.sets})")
+        require(self.router_scope in SCOPES, f"router_scope={self.router_scope}", f"it is one of {', '.join(SCOPES)}")
+        shares = not self.router_of or (self.router_scope == "group" and not self.parts)
+        require(shares, f"router_of={self.router_of}", "one matrix with router_scope=group has the router of another")
 
     @property
     def routed(self) -> bool:
@@ -179,8 +196,14 @@ class MoSara:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Every δ_i, and the router where there is one."""
-        return ("shift", *self._router_shapes())
+        """Every δ_i, and the router where there is one of its own."""
+        return ("shift", *(role for role in self._router_shapes() if role not in self.borrowed))
+
+    @property
+    def borrowed(self) -> Mapping[str, str]:
+        """The router of the site `router_of`, and its V, by which that router sees the input."""
+        roles = {role: role for role in self._router_shapes()} if self.router_of else {}
+        return {"gate_v": "v", **roles} if roles else {}
 
     @property
     def lr(self) -> float:
@@ -191,16 +214,17 @@ class MoSara:
         """U (out, k), V (k, in), s (k,), the shifts δ (sets, k), the router R (sets, k) or its two factors."""
         k = self.rank
         factors = {"u": (out, k), "v": (k, inner), "scale": (k,), "shift": (self.sets, k)}
-        return _each({**factors, **self._router_shapes()}, self.parts)
+        factors |= {"gate_v": (self.router_rank, inner)} if self.borrowed else {}
+        return each({**factors, **self._router_shapes()}, self.parts)
 
     def init(self, weight: Tensor, generator: torch.Generator, name: str, factors: Factors = factors) -> dict[str, Tensor]:
         """SVD factors of `weight` (out, in), every δ_i = 0, R random: equal rows would never separate the sets."""
         if self.parts:
-            return _stacked(self, weight, generator, name, factors)
-        small = _small(weight, self.sets, self.rank)
-        tensors = {**_svd_tensors(*factors(weight, self.rank, name), weight), "shift": small}
-        for role, shape in self._router_shapes().items():
-            tensors[role] = (torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5).to(small)
+            return stacked(self, weight, generator, name, factors)
+        shift = small(weight, self.sets, self.rank)
+        tensors = {**svd_tensors(*factors(weight, self.rank, name), weight), "shift": shift}
+        for role, shape in self._router_shapes().items() if not self.router_of else ():
+            tensors[role] = (torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5).to(shift)
         return tensors
 
     def gates(self, h: Any, tensors: Tensors) -> Any:
@@ -223,7 +247,8 @@ class MoSara:
         h = project(x, tensors["v"], how)
         shift, scale = tensors["shift"], tensors["scale"]
         if self.routed:
-            return add(y, mix(h, self.gates(h, tensors), shift, scale), tensors["u"], how)
+            seen = project(x, tensors["gate_v"], how) if self.router_of else h
+            return add(y, mix(h, self.gates(seen, tensors), shift, scale), tensors["u"], how)
         values = shift.mean(-2) * scale
         return add(y, h * (values.unsqueeze(-2) if self.parts else values), tensors["u"], how)
 
@@ -231,68 +256,17 @@ class MoSara:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""
         if self.routed:
             raise NotFoldable(f"A routed Mo-SARA adapter ({self.sets} sets, router {self.router}) has no single weight.")
-        return _product(tensors, tensors["shift"].mean(-2) * tensors["scale"])
+        return product(tensors, tensors["shift"].mean(-2) * tensors["scale"])
 
     def mean_delta(self, tensors: Tensors, gates: Tensor) -> Tensor:
         """U diag(Σ_i g_i λ_i) V for fixed gates of shape (sets,), or (parts, sets) of a stack."""
         shift = tensors["shift"]
-        return _product(tensors, torch.einsum("...s,...sk->...k", gates.to(shift), shift) * tensors["scale"])
+        return product(tensors, torch.einsum("...s,...sk->...k", gates.to(shift), shift) * tensors["scale"])
 
     def _router_shapes(self) -> dict[str, tuple[int, int]]:
         if not self.routed:
             return {}
+        width = self.router_rank if self.router_of else self.rank
         if not self.bottleneck:
-            return {"router": (self.sets, self.rank)}
-        return {"router": (self.sets, self.bottleneck), "router_in": (self.bottleneck, self.rank)}
-
-
-def _svd_tensors(u: Tensor, s: Tensor, v: Tensor, floor: float, weight: Tensor) -> dict[str, Tensor]:
-    return {
-        "u": u.to(weight).contiguous(),
-        "v": v.to(weight).contiguous(),
-        # floored, so that a direction without any weight can still be moved a little and never divides by zero
-        "scale": s.clamp_min(floor).to(_small(weight)),
-    }
-
-
-def _small(weight: Tensor, *shape: int) -> Tensor:
-    # Few numbers, and all the learning is in them: float32 even where the weight has half of it.
-    return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-
-
-def _product(tensors: Tensors, values: Tensor) -> Tensor:
-    wide = torch.promote_types(tensors["u"].dtype, torch.float32)
-    product: Tensor = (tensors["u"].to(wide) * values.to(wide).unsqueeze(-2)) @ tensors["v"].to(wide)
-    return product
-
-
-def _each(shapes: dict[str, tuple[int, ...]], parts: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {role: (len(parts), *shape) for role, shape in shapes.items()} if parts else shapes
-
-
-def _stacked(
-    adapter: Sara | MoSara, weight: Tensor, generator: torch.Generator, name: str, factors: Factors
-) -> dict[str, Tensor]:
-    """Every matrix's own tensors, padded with zeros to one rank: a zero scale keeps the padding at zero for good."""
-    made = [
-        replace(adapter, rank=rank, parts=()).init(weight[i], generator, f"{name}[{i}]", factors)
-        for i, rank in enumerate(adapter.parts)
-    ]
-    shapes = adapter.shapes(*weight.shape[-2:])
-    stacked = {role: made[0][role].new_zeros(shapes[role]) for role in made[0]}
-    for i, tensors in enumerate(made):
-        for role, tensor in tensors.items():
-            stacked[role][i][tuple(slice(size) for size in tensor.shape)] = tensor
-    return stacked
-
-
-def _require_ranks(rank: int, parts: tuple[int, ...]) -> None:
-    require(rank >= 1, f"rank={rank}", "a rank is at least 1")
-    fits = not parts or (min(parts) >= 1 and max(parts) == rank)
-    require(fits, f"parts={parts}", f"each is at least 1 and the largest is the rank, {rank}")
-
-
-def require(holds: bool, given: str, rule: str) -> None:
-    """Raise PlanError unless an option's value is possible."""
-    if not holds:
-        raise PlanError(f"The option {given} is not possible: {rule}.")
+            return {"router": (self.sets, width)}
+        return {"router": (self.sets, self.bottleneck), "router_in": (self.bottleneck, width)}

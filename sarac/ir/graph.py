@@ -7,7 +7,7 @@ live in the plan; the live module is carried along. This is the only module that
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +116,15 @@ class Whole:
     flow: "nx.DiGraph[str]"
     others: Mapping[str, str] = field(default_factory=dict)  # what else reads a site's weight
     depths: Mapping[str, int] = field(default_factory=dict)  # linear operations on the longest way to a site's first
+
+    def groups(self, names: Collection[str]) -> tuple[tuple[str, ...], ...]:
+        """The siblings among these sites, two or more in each group and no site in two."""
+        found: dict[tuple[str, ...], None] = {}
+        for group in self.siblings:
+            taken = {name for one in found for name in one}
+            members = tuple(name for name in group if name in names and name not in taken)
+            found |= {members: None} if len(members) > 1 else {}
+        return tuple(found)
 
 
 @dataclass(frozen=True)

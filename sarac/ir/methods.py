@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
-from sarac.ir.adapters import Adapter, MoSara, Sara, require
+from sarac.ir.adapters import Adapter, MoSara, Sara
 from sarac.ir.errors import PlanError, near
+from sarac.ir.start import require
 
 METHODS: dict[str, type[Sara | MoSara]] = {"sara": Sara, "mosara": MoSara}
-_RANKS = ("rank", "parts")
+_RANKS = ("rank", "parts", "router_rank")
 
 
 def options(method: str) -> dict[str, Field[Any]]:
@@ -32,15 +33,24 @@ def build(method: str, rank: int | Sequence[int], chosen: Mapping[str, Any]) -> 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
     """The adapter as plain JSON values: method, rank (a list for a stack) and every option."""
-    values = {name: getattr(adapter, item.name) for name, item in options(adapter.method).items()}
+    values = {
+        name: value
+        for name, item in options(adapter.method).items()
+        if (value := getattr(adapter, item.name)) != item.default or not item.metadata.get("sparse")
+    }
     return {"method": adapter.method, "rank": list(adapter.parts) or adapter.rank, **values}
+
+
+def at_rank(adapter: Adapter, rank: int | Sequence[int]) -> Adapter:
+    """The same adapter at another rank, or at the ranks of a stack."""
+    chosen = {name: value for name, value in describe(adapter).items() if name not in ("method", "rank")}
+    return build(adapter.method, rank, chosen)
 
 
 def trainable_count(adapter: Adapter, shape: tuple[int, int]) -> int:
     """How many numbers train on a weight of shape (out, in), or on a stack of such."""
     if adapter.parts:
-        options = {name: value for name, value in describe(adapter).items() if name not in ("method", "rank")}
-        return sum(trainable_count(build(adapter.method, rank, options), shape) for rank in adapter.parts)
+        return sum(trainable_count(at_rank(adapter, rank), shape) for rank in adapter.parts)
     shapes = adapter.shapes(*shape)
     return sum(math.prod(shapes[role]) for role in adapter.trainable)
 

@@ -1,140 +1,87 @@
-"""Decisions: a rule read from text, and the plan that says which adapter every weight gets. JSON in and out."""
+"""Decisions: the plan that says which adapter every weight gets. JSON in and out."""
 
 import json
-import math
-import re
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import PlanError, near
-from sarac.ir.methods import METHODS, build, describe
-from sarac.ir.spectrum import Spectrum, require_share
+from sarac.ir.methods import METHODS, build, describe, options, trainable_count
 
-Key = TypeVar("Key", bound=Hashable)  # what a matrix is known by: its weight's name, and which of a stack it is
-RULES = ("threshold", "energy", "rank", "budget")
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a rank follows from a spectrum: `threshold:t`, `energy:t`, `rank:k`, `budget:N` or `budget:P%`, with options.
-
-    `low` and `high` bound every rank (`min=`, `max=` in the text); the other options go to the method.
-    """
-
-    kind: str
-    value: float
-    percent: bool = False
-    low: int = 1
-    high: int | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> "Rule":
-        """From text such as `threshold:0.6,min=4,train=factors`."""
-        head, *rest = [part.strip() for part in text.split(",")]
-        match = re.fullmatch(r"(\w+):([\d.]+(?:e-?\d+)?)(%?)", head)
-        if match is None or match[1] not in RULES or (match[3] and match[1] != "budget"):
-            raise PlanError(
-                f"The rule {head!r} is not understood: write threshold:0.6, energy:0.9, rank:16, budget:100000 or "
-                "budget:0.5%, then options such as ,min=4,train=factors. A plan's JSON file is named by its path."
-            )
-        options = {}
-        for part in rest:
-            name, equals, value = part.partition("=")
-            if not equals or not value:
-                raise PlanError(f"The option {part!r} in the rule {text!r} is not understood: write name=value.")
-            if name.strip() in options:
-                raise PlanError(f"The option {name.strip()!r} stands twice in the rule {text!r}: leave one out.")
-            options[name.strip()] = value.strip()
-        low, high = (_whole(name, options.pop(name, None)) for name in ("min", "max"))
-        rule = cls(match[1], _number(match[2]), bool(match[3]), 1 if low is None else low, high, options)
-        rule._require_valid(text)
-        return rule
-
-    def ranks(self, spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int], total: int) -> dict[Key, int]:
-        """The rank of every matrix; `cost` gives the numbers that train at a rank, `total` is what a % is taken of."""
-        if self.kind == "budget":
-            return self._budget_ranks(spectra, cost, int(self.value / 100.0 * total) if self.percent else int(self.value))
-        if self.kind == "rank" and spectra and all(self.value > s.full_rank for s in spectra.values()):
-            most = max(s.full_rank for s in spectra.values())
-            raise PlanError(f"rank:{int(self.value)} is above min(out, in) of every weight; the largest is {most}.")
-        return {name: self._clamp(self._rank(s), s) for name, s in spectra.items()}
-
-    def _rank(self, spectrum: Spectrum) -> int:
-        if self.kind == "rank":
-            return int(self.value)
-        return spectrum.rank_at(self.value) if self.kind == "threshold" else spectrum.rank_at_energy(self.value)
-
-    def _clamp(self, rank: int, spectrum: Spectrum) -> int:
-        high = spectrum.full_rank if self.high is None else min(self.high, spectrum.full_rank)
-        return min(max(rank, self.low), high)
-
-    def _budget_ranks(self, spectra: Mapping[Key, Spectrum], cost: Callable[[Key, int], int], budget: int) -> dict[Key, int]:
-        # Ranks only change at the shares that some first k values reach, so the largest of these shares that still
-        # fits is the exact answer; the totals grow with it, so a bisection finds it.
-        shares = sorted(set(torch.cat([s.shares() for s in spectra.values()]).clamp(1e-300, 1.0).tolist()))
-
-        def at(share: float) -> dict[Key, int]:
-            return {name: self._clamp(s.rank_at(share), s) for name, s in spectra.items()}
-
-        def spent(ranks: Mapping[Key, int]) -> int:
-            return sum(cost(name, rank) for name, rank in ranks.items())
-
-        least = at(shares[0])
-        if spent(least) > budget:
-            raise PlanError(f"The budget of {budget} numbers fits nothing: the least that this plan trains is {spent(least)}.")
-        first, last = 0, len(shares) - 1
-        while first < last:
-            middle = (first + last + 1) // 2
-            first, last = (middle, last) if spent(at(shares[middle])) <= budget else (first, middle - 1)
-        return at(shares[first])
-
-    def _require_valid(self, text: str) -> None:
-        if self.kind in ("threshold", "energy"):
-            require_share(self.value)
-        if self.kind == "rank" and not (self.value.is_integer() and self.value >= 1):
-            raise PlanError(f"A rank is a whole number of at least 1; {text!r} gives {self.value}.")
-        if self.kind == "budget" and not 0 < self.value < math.inf:
-            raise PlanError(f"A budget is above 0 and finite; {text!r} gives {self.value}.")
-        if self.low < 1 or (self.high is not None and self.high < self.low):
-            raise PlanError(f"The bounds in {text!r} leave no rank: min is at least 1 and max at least min.")
+FORMAT = 2  # 1 had no shapes, hashes, siblings, note and totals, and is read as well
+_KEYS = ("sarac_plan", "rule", "note", "base", "also_train", "siblings", "totals", "sites", "$schema")
+_FACTS = ("shape", "trainable", "hash")  # what a site's entry says beside its decision
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which adapter every weight gets, which other parameters train whole, and what base it was made for."""
+    """Which adapter every weight gets, which other parameters train whole, and what base it was made for.
+
+    `rule` and `note` say how it came about. What is known of the model does not tell two plans apart: the sites' `shapes`,
+    the `siblings` that read one input, and the `hashes` of the weights.
+    """
 
     sites: Mapping[str, Adapter]
     rule: str = ""
     also_train: tuple[str, ...] = ()
     base: str = ""
+    note: str = ""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    siblings: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
+    hashes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Let what follows the router of another site know its rank."""
+        sites = {name: self._linked(name, adapter) if adapter.router_of else adapter for name, adapter in self.sites.items()}
+        object.__setattr__(self, "sites", sites)
+
+    @property
+    def trainable(self) -> dict[str, int]:
+        """How many numbers train at every site whose shape is known; a router counts where it belongs."""
+        shapes = {name: self.shapes[name] for name in self.sites if name in self.shapes}
+        return {name: trainable_count(self.sites[name], (shape[-2], shape[-1])) for name, shape in shapes.items()}
 
     def to_json(self) -> str:
-        """The plan as JSON text that people can read and edit."""
-        sites = {name: describe(adapter) for name, adapter in self.sites.items()}
-        head = {"sarac_plan": FORMAT, "rule": self.rule, "base": self.base, "also_train": list(self.also_train)}
-        return json.dumps({**head, "sites": sites}, indent=1)
+        """The plan as JSON text that people can read and edit, a line for each site; its schema is plan.schema.json."""
+        counts: Mapping[str, int] = self.trainable
+        totals = {"sites": len(self.sites), **({"trainable": sum(counts.values())} if len(counts) == len(self.sites) else {})}
+        head = {"sarac_plan": FORMAT, "rule": self.rule, "note": self.note, "base": self.base, "totals": totals}
+        head |= {"also_train": list(self.also_train), "siblings": [list(group) for group in self.siblings]}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        sites = []
+        for name, adapter in self.sites.items():
+            facts = {"shape": self.shapes.get(name), "trainable": counts.get(name), "hash": self.hashes.get(name)}
+            entry = {**describe(adapter), **{key: value for key, value in facts.items() if value is not None}}
+            sites.append(f"\n  {json.dumps(name)}: {json.dumps(entry)}")
+        inner = ",".join(sites) + "\n " if sites else ""
+        return "{\n " + ",\n ".join([*lines, f'"sites": {{{inner}}}']) + "\n}"
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """The plan in JSON text; what is wrong with it is a PlanError that names the place."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
-            raise PlanError(f"The plan is not JSON: {error}. Write one with sarac transform … --plan-out.") from error
-        if not isinstance(data, dict) or data.get("sarac_plan") != FORMAT or not isinstance(data.get("sites"), dict):
-            raise PlanError(f'The JSON is no plan of this version: it needs "sarac_plan": {FORMAT} and "sites".')
-        sites = {name: _adapter(name, entry) for name, entry in data["sites"].items()}
-        further = data.get("also_train", [])
-        if not isinstance(further, list) or not all(isinstance(name, str) for name in further):
+            raise PlanError(f"The plan is not JSON: {error}. Write one with sarac plan MODEL --out plan.json.") from error
+        known = isinstance(data, dict) and data.get("sarac_plan") in (1, FORMAT)
+        if not known or not isinstance(data.get("sites"), dict):
+            raise PlanError(f'The JSON is no plan of this version: it needs "sarac_plan": {FORMAT} (or 1) and "sites".')
+        odd = next((key for key in data if key not in _KEYS), None)
+        if odd is not None:
+            raise PlanError(f"The plan has a key {odd!r} that means nothing. {near(odd, _KEYS)}")
+        entries = data["sites"]
+        sites = {name: _adapter(name, entry) for name, entry in entries.items()}
+        further, siblings = data.get("also_train", []), data.get("siblings", [])
+        if not _names(further):
             raise PlanError(f'The plan\'s "also_train" is a list of parameter names, not {further!r}.')
-        return cls(sites, str(data.get("rule", "")), tuple(further), str(data.get("base", "")))
+        if not isinstance(siblings, list) or not all(_names(group) for group in siblings):
+            raise PlanError(f'The plan\'s "siblings" is a list of lists of names, not {siblings!r}.')
+        shapes = {name: _shape(name, entry["shape"]) for name, entry in entries.items() if "shape" in entry}
+        hashes = {name: str(entry["hash"]) for name, entry in entries.items() if "hash" in entry}
+        rule, base, note = (str(data.get(key, "")) for key in ("rule", "base", "note"))
+        return cls(sites, rule, tuple(further), base, note, shapes, tuple(tuple(group) for group in siblings), hashes)
 
     def save(self, path: str | Path) -> None:
         """Write the plan's JSON."""
@@ -167,6 +114,11 @@ class Plan:
                 raise PlanError(
                     f"The plan names the weight {name!r}, which the model does not have as a linear site. {near(name, shapes)}"
                 )
+            if self.shapes.get(name, shapes[name]) != shapes[name]:
+                raise PlanError(
+                    f"The plan was made for {name} of shape {self.shapes[name]}, and in the model it is {shapes[name]}: make a "
+                    "plan of this model (sarac plan), or take the shape out of the entry."
+                )
             stack, shape = shapes[name][:-2], shapes[name][-2:]
             if adapter.rank > min(shape):
                 raise PlanError(
@@ -178,33 +130,65 @@ class Plan:
                     f"The plan gives {name} {len(adapter.parts)} ranks, and it is {stack[0] if stack else 'one'} "
                     f"{'matrices' if stack else 'matrix'} of shape {shape}: give one rank, or as many as there are."
                 )
+            if adapter.borrowed and shapes[adapter.router_of][-1] != shape[-1]:
+                raise PlanError(f"At {name}: router_of is {adapter.router_of!r}, which has another input: take it out.")
+
+    def _linked(self, name: str, adapter: Adapter) -> Adapter:
+        owner = self.sites.get(adapter.router_of)
+        others = [other for other, one in self.sites.items() if other != name and one.method == "mosara" and not one.router_of]
+        if owner is None or owner.router_of or owner.parts or owner.method != adapter.method:
+            raise PlanError(
+                f"At {name}: router_of is {adapter.router_of!r}, which has no router of its own in this plan. "
+                f"{near(adapter.router_of, others)}"
+            )
+        ours, theirs = ({k: v for k, v in describe(one).items() if k not in ("rank", "router_of")} for one in (adapter, owner))
+        odd = next((key for key in ours if ours[key] != theirs[key]), None)
+        if odd is not None:
+            raise PlanError(
+                f"At {name}: {odd} is {ours[odd]!r}, and {theirs[odd]!r} at {adapter.router_of}, whose router it shares: make "
+                "them the same, or take router_of out."
+            )
+        return replace(adapter, router_rank=owner.rank)  # type: ignore[type-var]  # every adapter is a dataclass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: the first of the two would be lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise PlanError(f"In the plan {next(key for key in keys if keys.count(key) > 1)!r} stands twice: leave one out.")
+    return found
 
 
 def _adapter(name: str, entry: Any) -> Adapter:
-    if not isinstance(entry, dict) or entry.get("method") not in METHODS or not _ranks(entry.get("rank")):
+    if not _method(entry) or not _ranks(entry.get("rank")):
+        known = ["method", "rank", *_FACTS, *(options(entry["method"]) if _method(entry) else ())]
+        odd = next((key for key in entry if key not in known), None) if isinstance(entry, dict) else None
+        hint = f" The key {odd!r} means nothing there. {near(odd, known)}" if odd is not None else ""
         raise PlanError(
             f"The plan's entry for {name} needs a method ({', '.join(METHODS)}) and a whole rank, or a list of them: {entry!r}."
+            f"{hint}"
         )
-    chosen = {key: value for key, value in entry.items() if key not in ("method", "rank")}
+    chosen = {key: value for key, value in entry.items() if key not in ("method", "rank", *_FACTS)}
     try:
         return build(entry["method"], entry["rank"], chosen)
     except PlanError as error:
         raise PlanError(f"At {name}: {error}") from error
 
 
+def _method(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("method"), str) and entry["method"] in METHODS
+
+
 def _ranks(value: Any) -> bool:
     return type(value) is int or (isinstance(value, list) and bool(value) and all(type(rank) is int for rank in value))
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise PlanError(f"{text!r} is not a number.") from error
-    return value
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _whole(name: str, text: str | None) -> int | None:
-    if text is not None and not text.isdigit():
-        raise PlanError(f"The option {name}={text} is not possible: it takes a whole number.")
-    return None if text is None else int(text)
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if not _ranks(value) or not isinstance(value, list) or len(value) not in (2, 3):
+        raise PlanError(f"The plan's shape of {name} is (out, in), or (parts, out, in), as a list of numbers: {value!r}.")
+    return tuple(value)

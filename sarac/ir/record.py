@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sarac.ir.adapters import Adapter
 from sarac.ir.errors import RewriteError, SaracWarning
 from sarac.ir.layers import adapted
 from sarac.ir.plan import Plan
@@ -186,7 +187,7 @@ def _mark(model: nn.Module, folder: Path) -> None:
         _flatten(file, {name for name, _ in slots})
     for name, slot in slots:
         names.setdefault(slot.site, name)
-    plan = record.plan if record else Plan({names[slot.site]: slot.adapter for _, slot in slots})
+    plan = record.plan if record else Plan({names[slot.site]: _renamed(slot.adapter, names) for _, slot in slots})
     plan.save(folder / FOLDER_FILE)
     shelf = model.__dict__.get("_sarac_shelf", Shelf())
     if shelf.others:
@@ -196,6 +197,11 @@ def _mark(model: nn.Module, folder: Path) -> None:
             SaracWarning,
             stacklevel=3,
         )
+
+
+def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """The adapter, whose router's owner goes by its name in a part of the model."""
+    return replace(adapter, router_of=names[adapter.router_of]) if adapter.router_of else adapter  # type: ignore[type-var]
 
 
 def _flatten(file: Path, names: set[str]) -> None:

@@ -17,7 +17,7 @@ from sarac.ir.errors import PlanError, SpectrumError
 
 # A share of the sum is compared with this many units of float64 rounding to spare for each value summed: without it an
 # identity matrix of n values would miss its exact share k / n by the rounding of the sum.
-_SLACK = 8.0 * torch.finfo(torch.float64).eps
+SLACK = 8.0 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Spectrum:
         if threshold == 1.0:  # asks for every value that is not zero, also for one smaller than the slack
             return max(1, self.numerical_rank)
         low, high = rest or (0.0, 0.0)
-        share = threshold - _SLACK * self.full_rank
+        share = threshold - SLACK * self.full_rank
         goal = share * (float(sums[-1]) + (low + high) / 2.0)
         k = int((sums < goal).sum()) + 1
         if errors is None:

@@ -33,6 +33,10 @@ class Slot:
         """Whether it is one matrix, stored as (in, out)."""
         return self.layout == TRANSPOSED
 
+    def serves(self, layout: Layout) -> bool:
+        """Whether the factors serve a weight that lies like this: as their own, or turned over where none is borrowed."""
+        return layout == self.layout or (layout == self.layout.flipped and not self.adapter.borrowed)
+
     def attribute(self, role: str) -> str:
         """The module attribute of the adapter's tensor with this role: `sara_u`, or `NAME_sara_u` beside `NAME`."""
         return f"sara_{role}" if self.param == "weight" else f"{self.param}_sara_{role}"
@@ -128,7 +132,7 @@ class EffectiveWeight(Tensor):
         lies = MATRIX if (name == "linear") != self._turned else TRANSPOSED
         tensors = slot.tensors(self._module)
         detached = not self.requires_grad and any(tensor.requires_grad for tensor in tensors.values())
-        if self.ndim != 2 or lies not in (slot.layout, slot.layout.flipped) or detached:
+        if self.ndim != 2 or not slot.serves(lies) or detached:
             return None
         assert isinstance(x, Tensor)
         base: Any = self._module._parameters[self._param]

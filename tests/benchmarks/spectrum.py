@@ -8,25 +8,15 @@ shapes: one weight at a time, and whether every way gives the float64 SVD's k. m
 folder: `sarac analyze` over a folder of random shards of those shapes (--layers of them), and the peak memory of that process.
 """
 
-import argparse
 import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sarac
@@ -64,7 +54,10 @@ def drawn(shape: tuple[int, int], kind: str, device: str) -> Tensor:
     weight = torch.randn(shape, device=device) / shape[1] ** 0.5
     if kind == "random":
         return weight
-    (u, _), (v, _) = torch.linalg.qr(weight if shape[0] >= shape[1] else weight.T), torch.linalg.qr(torch.randn_like(weight[: min(shape), : min(shape)]))
+    (u, _), (v, _) = (
+        torch.linalg.qr(weight if shape[0] >= shape[1] else weight.T),
+        torch.linalg.qr(torch.randn_like(weight[: min(shape), : min(shape)])),
+    )
     ranks = torch.arange(1, min(shape) + 1, device=device)
     made = (u * (ranks**-0.3 * (1.0 - 0.95 * ranks / len(ranks)))) @ v
     return (made if shape[0] >= shape[1] else made.T).contiguous()
@@ -75,30 +68,27 @@ def pissa(modules: nn.Module, targets: list[str]) -> None:
 
 
 def shapes(device: str, rounds: int) -> Rows:
-    """Every way on one weight, and the ranks that each gives beside the float64 SVD's."""
+    """Every way on one weight, and whether the ranks are the float64 SVD's."""
     rows: Rows = []
     for shape in SHAPES[device]:
         for kind in ("random", "decaying"):
             weight = drawn(shape, kind, device)
             true = spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), shape)
-            slow = max(1, rounds // 3)
-            row = {
-                "shape": list(shape),
-                "kind": kind,
-                "svd": clock(device, lambda w=weight: torch.linalg.svd(w, full_matrices=False), slow),
-                "svdvals": clock(device, lambda w=weight: torch.linalg.svdvals(w), slow),
-                "svdvals float64": clock(device, lambda w=weight: torch.linalg.svdvals(w.double()), slow),
-                "values": clock(device, lambda w=weight: spectrum(w), rounds),
-                "values and factors": clock(device, lambda w=weight: with_factors(w), rounds),
-                "PiSSA": clock(device, partial(pissa, holder(weight), ["0"]), 0),
+            ways: dict[str, tuple[Callable[[], Any], int]] = {
+                "svd": (partial(torch.linalg.svd, weight, full_matrices=False), 1),
+                "svdvals": (partial(torch.linalg.svdvals, weight), 1),
+                "svdvals float64": (partial(torch.linalg.svdvals, weight.double()), 1),
+                "PiSSA": (partial(pissa, holder(weight), ["0"]), 0),
+                "values": (partial(spectrum, weight), rounds),
+                "values and factors": (partial(with_factors, weight), rounds),
+                "certified": (partial(certified, weight, SMALL), rounds),
             }
-            found = spectrum(weight)
-            right = [found.rank_at(share) == true.rank_at(share) for share in SHARES]
-            row |= {"how": found.how, "k": {str(share): true.rank_at(share) for share in SHARES}, "k right": all(right)}
-            if worthwhile(weight, SMALL):
-                row["certified"] = clock(device, lambda w=weight: certified(w, SMALL), rounds)
-                sure = [certified(weight, share) for share in SHARES if share <= SMALL]
-                row["certified k"] = ["undecided" if s is None else s.rank_at(t) == true.rank_at(t) for s, t in zip(sure, SHARES)]
+            row: dict[str, Any] = {"shape": list(shape), "kind": kind}
+            row |= {name: clock(device, work, n) for name, (work, n) in ways.items() if name != "certified" or device == "cuda"}
+            found, sure = spectrum(weight), {t: certified(weight, t) for t in SHARES if t <= SMALL and device == "cuda"}
+            row |= {"how": found.how, "k": {t: true.rank_at(t) for t in SHARES}}
+            row["k right"] = all(found.rank_at(t) == true.rank_at(t) for t in SHARES)
+            row["certified k"] = {t: "undecided" if s is None else s.rank_at(t) == true.rank_at(t) for t, s in sure.items()}
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
@@ -147,6 +137,7 @@ def model(device: str, folder: str | None) -> Rows:
         name
         for name, weight in found.items()
         for share in SHARES
-        if spectrum(weight).rank_at(share) != spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), tuple(weight.shape)).rank_at(share)
+        if spectrum(weight).rank_at(share)
+        != spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), tuple(weight.shape)).rank_at(share)
     ]
     return [{**row, "k wrong": wrong}]

@@ -321,4 +321,4 @@ def test_description_builds_the_same_adapter(adapter: Adapter) -> None:
     assert build(method, rank, told) == adapter
     assert build(method, rank, {name: str(value) for name, value in told.items()}) == adapter
     assert build(method, rank + 1, told) != adapter
-    assert set(told) == set(options(method))
+    assert set(told) == set(options(method)) - {"router_of"}

@@ -14,7 +14,8 @@ from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import PlanError
 from sarac.ir.gram import spectrum
 from sarac.ir.methods import trainable_count
-from sarac.ir.plan import Plan, Rule
+from sarac.ir.plan import Plan
+from sarac.ir.rule import Rule
 from sarac.ir.spectrum import Spectrum
 
 RANKS = st.integers(1, 4096)
@@ -62,8 +63,8 @@ def test_plan_can_be_edited_by_hand() -> None:
     [
         ("{", "not JSON"),
         ("[]", "no plan of this version"),
-        ('{"sites": {}}', '"sarac_plan": 1'),
-        ('{"sarac_plan": 2, "sites": {}}', '"sarac_plan": 1'),
+        ('{"sites": {}}', '"sarac_plan": 2'),
+        ('{"sarac_plan": 3, "sites": {}}', '"sarac_plan": 2'),
         ('{"sarac_plan": 1, "sites": []}', '"sites"'),
         ('{"sarac_plan": 1, "sites": {"a": 3}}', "entry for a needs a method"),
         ('{"sarac_plan": 1, "sites": {"a": {"method": "lora", "rank": 3}}}', "sara, mosara"),
@@ -153,16 +154,16 @@ def test_ranks_follow_the_rule() -> None:
     found = spectra(4, 9)
     by_share = {name: s.rank_at(0.5) for name, s in found.items()}
     by_energy = {name: s.rank_at_energy(0.5) for name, s in found.items()}
-    assert Rule.parse("threshold:0.5").ranks(found, cost, 0) == by_share
-    assert Rule.parse("energy:0.5").ranks(found, cost, 0) == by_energy != by_share
-    assert Rule.parse("rank:6").ranks(found, cost, 0) == {"w0": 4, "w1": 6}
-    assert Rule.parse("threshold:1,max=3").ranks(found, cost, 0) == {"w0": 3, "w1": 3}
-    assert Rule.parse("rank:1,min=6").ranks(found, cost, 0) == {"w0": 4, "w1": 6}
+    assert Rule.parse("threshold:0.5").decide(found, cost, 0).ranks == by_share
+    assert Rule.parse("energy:0.5").decide(found, cost, 0).ranks == by_energy != by_share
+    assert Rule.parse("rank:6").decide(found, cost, 0).ranks == {"w0": 4, "w1": 6}
+    assert Rule.parse("threshold:1,max=3").decide(found, cost, 0).ranks == {"w0": 3, "w1": 3}
+    assert Rule.parse("rank:1,min=6").decide(found, cost, 0).ranks == {"w0": 4, "w1": 6}
 
 
 def test_rank_above_every_weight_is_refused() -> None:
     with pytest.raises(PlanError, match=r"rank:10 is above min\(out, in\) of every weight; the largest is 9"):
-        Rule.parse("rank:10").ranks(spectra(4, 9), cost, 0)
+        Rule.parse("rank:10").decide(spectra(4, 9), cost, 0)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99), st.integers(1, 40))
@@ -171,9 +172,9 @@ def test_budget_is_kept_and_used_up(sizes: list[int], seed: int, budget: int) ->
     rule = Rule.parse(f"budget:{budget}")
     if budget < len(sizes):
         with pytest.raises(PlanError, match=rf"budget of {budget} numbers fits nothing: .* is {len(sizes)}\."):
-            rule.ranks(found, cost, 0)
+            rule.decide(found, cost, 0)
         return
-    ranks = rule.ranks(found, cost, 0)
+    ranks = rule.decide(found, cost, 0).ranks
     assert sum(ranks.values()) <= budget
     shares = sorted({float(share) for s in found.values() for share in s.shares()})
     fitting = [
@@ -184,6 +185,6 @@ def test_budget_is_kept_and_used_up(sizes: list[int], seed: int, budget: int) ->
 
 def test_budget_in_percent_is_taken_of_the_model() -> None:
     found = spectra(4, 9)
-    half: dict[str, Any] = Rule.parse("budget:50%").ranks(found, cost, 16)
-    assert half == Rule.parse("budget:8").ranks(found, cost, 0)
-    assert half != Rule.parse("budget:100%").ranks(found, cost, 16)
+    half: dict[str, Any] = Rule.parse("budget:50%").decide(found, cost, 16).ranks
+    assert half == Rule.parse("budget:8").decide(found, cost, 0).ranks
+    assert half != Rule.parse("budget:100%").decide(found, cost, 16).ranks
