@@ -8,25 +8,37 @@ shapes: one weight at a time, and whether every way gives the float64 SVD's k. m
 folder: `sarac analyze` over a folder of random shards of those shapes (--layers of them), and the peak memory of that process.
 """
 
+import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sarac
-from sarac.ir.certify import certified, worthwhile
+from sarac.ir.certify import certified
 from sarac.ir.gram import factors, spectrum
 from sarac.ir.measure import Weight, measure
+from sarac.ir.spectrum import Spectrum
+from sarac.recipe import open_model
 
 SHARES = (0.02, 0.05, 0.3, 0.6, 0.9)
 SMALL = 0.05
-SHAPES = {
+SHAPES = {  # by device
     "cpu": [(576, 576), (1536, 576), (768, 768), (3072, 768), (1536, 1536), (3072, 3072)],
     "cuda": [(1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096)],
 }
@@ -94,8 +106,8 @@ def shapes(device: str, rounds: int) -> Rows:
     return rows
 
 
-def spectrum_of(values: Tensor, shape: tuple[int, int]) -> sarac.ir.spectrum.Spectrum:
-    return sarac.ir.spectrum.Spectrum(values, max(shape) * torch.finfo(torch.float32).eps * float(values[0]))
+def spectrum_of(values: Tensor, shape: tuple[int, int]) -> Spectrum:
+    return Spectrum(values, max(shape) * torch.finfo(torch.float32).eps * float(values[0]))
 
 
 def holder(weight: Tensor) -> nn.Module:
@@ -114,7 +126,7 @@ def with_factors(weight: Tensor, share: float = 0.6) -> int:
 def model(device: str, folder: str | None) -> Rows:
     """All linear weights of SmolLM2-135M, each way through all of them."""
     if folder:
-        opened = sarac.recipe.open_model(folder)
+        opened = open_model(folder)
         graph = sarac.trace(opened)
         found = {site.name: graph.weight(site).to(device) for site in graph.sites.values() if site.default}
     else:
@@ -133,11 +145,114 @@ def model(device: str, folder: str | None) -> Rows:
     for name, work in ways.items():
         row[name] = clock(device, work, 0) / 1e3
         print(name, row[name], flush=True)
-    wrong = [
-        name
-        for name, weight in found.items()
-        for share in SHARES
-        if spectrum(weight).rank_at(share)
-        != spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), tuple(weight.shape)).rank_at(share)
-    ]
-    return [{**row, "k wrong": wrong}]
+    row["k wrong"] = []
+    for name, weight in found.items():
+        true, ours = spectrum_of(torch.linalg.svdvals(weight.double()).cpu(), tuple(weight.shape)), spectrum(weight)
+        row["k wrong"] += [f"{name} at {t}" for t in SHARES if ours.rank_at(t) != true.rank_at(t)]
+    return [row]
+
+
+def matrices(layers: int) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Name, shape and seed of every matrix of so many layers of Llama-2-7B's shapes."""
+    for i in range(layers):
+        for j, (name, shape) in enumerate(LAYER.items()):
+            yield f"model.layers.{i}.{name}_proj.weight", shape, i * len(LAYER) + j
+
+
+def made(shape: tuple[int, int], seed: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5).bfloat16().cpu()
+
+
+def at_share(found: Spectrum) -> int:
+    return found.rank_at(0.6)
+
+
+def seven(device: str, layers: int) -> Rows:
+    """Values and factors at 0.6 of the 7B set, from host memory, by all processes: seconds until the last factor is there."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    stored = {name: made(shape, seed, device) for name, shape, seed in matrices(layers)}
+    weights = [Weight(name, tuple(one.shape), one.dtype, partial(stored.__getitem__, name)) for name, one in stored.items()]
+    measure(weights[:1], keep=at_share)  # the libraries load
+    if world > 1:
+        dist.barrier()
+    started = time.perf_counter()
+    found = measure(weights, keep=at_share, distributed=world > 1)
+    measured = time.perf_counter() - started
+    mine = {name: one for name, one in found.items() if one.basis is not None}
+    held = [factors(stored[name].to(device), at_share(one), name, one.basis)[::2] for name, one in mine.items()]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    if world > 1:
+        dist.barrier()
+    row = {"weights": len(weights), "processes": world, "measured": measured, "with factors": time.perf_counter() - started}
+    row |= {"factors here": len(held), "sum of k": sum(at_share(one) for one in found.values())}
+    return [row] if rank == 0 else []
+
+
+def folder(device: str, layers: int) -> Rows:
+    """`sarac analyze` over a folder of random shards, in a process of its own: seconds, and its peak memory."""
+    with tempfile.TemporaryDirectory() as place:
+        index: dict[str, str] = {}
+        for i in range(layers):
+            shard = {name: made(shape, seed, device) for name, shape, seed in matrices(layers) if f".{i}." in name}
+            file = f"model-{i + 1:05d}-of-{layers:05d}.safetensors"
+            save_file(shard, Path(place) / file)
+            index |= dict.fromkeys(shard, file)
+        Path(place, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        size = sum(file.stat().st_size for file in Path(place).glob("*.safetensors"))
+        started = time.perf_counter()
+        done, peak = watched("analyze", place, "--no-cache", "--json")
+        spent = time.perf_counter() - started
+        _, idle = watched("analyze", place, "--no-cache", "--json", "--where", "model.layers.0.k_proj.weight")
+    largest = 8 * max(math.prod(shape) for shape in LAYER.values())
+    row = {"bytes": size, "sites": len(json.loads(done)["sites"]), "seconds": spent, "peak": peak, "peak of one weight": idle}
+    return [{**row, "largest in float64": largest, "peak in it": peak / largest}]
+
+
+def watched(*words: str) -> tuple[str, int]:
+    """What a command prints, and its peak memory in bytes."""
+    code = f"import resource, sys; from sarac.cli import app; app({list(words)!r}, standalone_mode=False); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout, int(done.stderr.split()[-1]) * 1024
+
+
+def table(rows: Rows, title: str) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = Table(*names, title=title, title_justify="left")
+    for row in rows:
+        shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(name, "") for name in names)))
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["shapes"], help="shapes, model, seven, folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    ways: dict[str, Callable[[], Rows]] = {
+        "shapes": lambda: shapes(given.device, given.rounds),
+        "model": lambda: model(given.device, given.model),
+        "seven": lambda: seven(given.device, given.layers),
+        "folder": lambda: folder(given.device, given.layers),
+    }
+    results = {part: ways[part]() for part in given.parts}
+    for part, rows in results.items():
+        if rows:
+            Console(width=220).print(table(rows, part))
+    if given.out and int(os.environ.get("RANK", 0)) == 0:
+        about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu"}
+        given.out.write_text(json.dumps({**about, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
