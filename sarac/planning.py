@@ -38,30 +38,32 @@ def plan(
 
     Without a rule it is threshold:0.6, without a method sara. With example inputs the plan says which weights read one input.
     """
-    return plan_of(
-        trace(model, example_inputs),
-        rule,
-        method=method,
-        where=where,
-        overrides=overrides,
-        also_train=also_train,
-        progress=progress,
-    )
+    choose = choice_of(model, plan=rule, method=method, where=where, overrides=overrides, also_train=also_train)
+    return plan_of(trace(model, example_inputs), choose, progress)
 
 
-def plan_of(graph: ModelGraph, rule: str | None = None, *, progress: Callable[[str], None] | None = None, **choice: Any) -> Plan:
-    """The plan of a traced model, as `plan` gives it."""
-    record, given = record_of(graph.module), [value for value in (rule, *choice.values()) if value]
-    if record is not None and given:
+def choice_of(model: nn.Module, **asked: Any) -> Choose | None:
+    """How the weights of `model` are chosen, None where it is adapted already, of which nothing else may be asked then."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if record_of(model) is None:
+        return Choose(**{"plan": DEFAULT, **given})
+    if given:
+        name = next(iter(given)).replace("plan", "rule")
         raise PlanError(
-            f"This {type(graph.module).__name__} is adapted, and its plan is made: leave {given[0]!r} out to see that plan, or "
-            "plan for its base (sarac.fold)."
+            f"This {type(model).__name__} is adapted, and its plan is made: leave `{name}` out to see that plan, or fold the "
+            "model first."
         )
-    if record is None:
-        choose = Choose(**{"plan": rule or DEFAULT, **{name: value for name, value in choice.items() if value}})
+    return None
+
+
+def plan_of(graph: ModelGraph, choose: Choose | None, progress: Callable[[str], None] | None = None) -> Plan:
+    """The plan of a traced model: as chosen, or where nothing is to be chosen the one that it has."""
+    record = record_of(graph.module)
+    if choose is not None:
         found = run(graph, Analyze(names=frozenset(choose.measured(graph)), progress=progress), choose, check=False).plan
         assert found is not None
     else:
+        assert record is not None
         found = replace(record.plan, shapes={name: graph.site(name).full_shape for name in record.plan.sites})
         found = replace(found, siblings=graph.whole.groups(found.sites) if graph.whole else found.siblings)
     weights = {name: graph.weight(graph.site(name)) for name in found.sites}

@@ -16,7 +16,6 @@ from sarac.ir.adapters import Adapter
 from sarac.ir.graph import starred
 from sarac.ir.methods import build, describe
 from sarac.ir.plan import Plan
-from sarac.passes.choose import chosen_sites
 from sarac.terminal import meter, show
 from sarac.trace import trace
 
@@ -76,8 +75,9 @@ def make(
     text = "".join([rule or planning.DEFAULT, *given]) if rule or given else None
     graph = trace(opened, spec.sample()) if spec else planning.with_dataflow(opened)
     choice = {"method": method, "where": where, "overrides": take.overrides_of(overrides), "also_train": also_train}
-    with meter("Measuring", len(chosen_sites(graph, where or None))) as step:
-        found = planning.plan_of(graph, text, progress=step, **choice)
+    choose = planning.choice_of(opened, plan=text, **{name: value or None for name, value in choice.items()})
+    with meter("Measuring", len(choose.measured(graph)) if choose else 0) as step:
+        found = planning.plan_of(graph, choose, step)
     if out is not None:
         written(out, found.save)
     wrote = [f"{out}: written. sarac transform {model} --plan {out} carries it out."] if out else []
@@ -114,7 +114,7 @@ def table(found: Plan, by_site: bool = False) -> Table:
     counts, rows = found.trainable, defaultdict[tuple[str, str, str, str], list[str]](list)
     for name, adapter in found.sites.items():
         shape = " x ".join(str(size) for size in found.shapes.get(name, ()))
-        rows[name if by_site else starred(name), shape, _method(adapter), _siblings(found, name)].append(name)
+        rows[name if by_site else starred(name), shape, _method(name, adapter), _siblings(found, name)].append(name)
     for (kind, shape, method, siblings), names in rows.items():
         ranks = [rank for name in names for rank in found.sites[name].parts or (found.sites[name].rank,)]
         trains = f"{sum(counts[name] for name in names):,}" if set(names) <= set(counts) else ""
@@ -133,7 +133,7 @@ def _side_by_side(one: Plan, other: Plan, a: Path, b: Path) -> Table:
     shown.add_column(str(a))
     shown.add_column(str(b))
     for name, pair in one.diff(other).items():
-        shown.add_row(name, *("none" if x is None else f"{_span(x.parts or (x.rank,))}, {_method(x)}" for x in pair))
+        shown.add_row(name, *("none" if x is None else f"{_span(x.parts or (x.rank,))}, {_method(name, x)}" for x in pair))
     for name in sorted(set(one.also_train) ^ set(other.also_train)):
         shown.add_row(name, *("whole" if name in each.also_train else "none" for each in (one, other)))
     shown.add_section()
@@ -149,10 +149,16 @@ def _total(found: Plan) -> int | None:
     return sum(counts.values()) if len(counts) == len(found.sites) else None
 
 
-def _method(adapter: Adapter) -> str:
+def _method(name: str, adapter: Adapter) -> str:
     """The method with those options that are not the usual ones."""
-    usual, rest = describe(build(adapter.method, 1, {})), describe(adapter)
-    return " ".join([adapter.method, *(f"{k}={v}" for k, v in rest.items() if k not in ("method", "rank") and v != usual.get(k))])
+    hidden = {
+        **describe(build(adapter.method, adapter.rank, {})),
+        "rank": describe(adapter)["rank"],
+        "router_of": adapter.router_of,
+    }
+    words = [f"{option}={value}" for option, value in describe(adapter).items() if hidden.get(option) != value]
+    shared = [f"router of {_short(name, adapter.router_of)}"] if adapter.router_of else []
+    return " ".join([adapter.method, *words, *shared])
 
 
 def _siblings(found: Plan, name: str) -> str:

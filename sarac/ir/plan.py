@@ -48,15 +48,16 @@ class Plan:
         counts: Mapping[str, int] = self.trainable
         totals = {"sites": len(self.sites), **({"trainable": sum(counts.values())} if len(counts) == len(self.sites) else {})}
         head = {"sarac_plan": FORMAT, "rule": self.rule, "note": self.note, "base": self.base, "totals": totals}
-        head |= {"also_train": list(self.also_train), "siblings": [list(group) for group in self.siblings]}
+        head |= {"also_train": list(self.also_train)}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         sites = []
         for name, adapter in self.sites.items():
             facts = {"shape": self.shapes.get(name), "trainable": counts.get(name), "hash": self.hashes.get(name)}
             entry = {**describe(adapter), **{key: value for key, value in facts.items() if value is not None}}
-            sites.append(f"\n  {json.dumps(name)}: {json.dumps(entry)}")
-        inner = ",".join(sites) + "\n " if sites else ""
-        return "{\n " + ",\n ".join([*lines, f'"sites": {{{inner}}}']) + "\n}"
+            sites.append(f"{json.dumps(name)}: {json.dumps(entry)}")
+        groups = [json.dumps(group) for group in self.siblings]
+        lines += [f'"siblings": [{_lines(groups)}]', f'"sites": {{{_lines(sites)}}}']
+        return "{\n " + ",\n ".join(lines) + "\n}"
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -149,6 +150,10 @@ class Plan:
                 "them the same, or take router_of out."
             )
         return replace(adapter, router_rank=owner.rank)  # type: ignore[type-var]  # every adapter is a dataclass
+
+
+def _lines(items: list[str]) -> str:
+    return "\n  " + ",\n  ".join(items) + "\n " if items else ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

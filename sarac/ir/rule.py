@@ -125,8 +125,8 @@ class Rule:
         if least > budget:
             fixed = f" Overrides alone train {spent}." if spent else ""
             raise PlanError(
-                f"The budget of {budget} numbers fits nothing: the least that this plan trains is {least}.{fixed} Give that much, "
-                "or take fewer weights."
+                f"The budget of {budget} numbers fits nothing: the least that this plan trains is {least}.{fixed} Give that "
+                "much, or take fewer weights."
             )
         share = found(_counted)
         ranks = at(share, Spectrum.rank_at)
