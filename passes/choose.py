@@ -11,6 +11,7 @@ from typing import ClassVar
 from sarac.ir.adapters import Adapter
 from sarac.ir.cache import store
 from sarac.ir.errors import PlanError, SaracWarning, near
+from sarac.ir.gram import Wanted
 from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.measure import measure, weights
 from sarac.ir.methods import at_rank, build, describe, trainable_count
@@ -92,6 +93,15 @@ class Choose:
             raise PlanError(f"The overrides leave none of the {len(sites)} weights: let one have a rule other than none.")
         return kept
 
+    def wanted(self, site: Site) -> Wanted | None:
+        """What the rule will ask of a site, so that one decomposition gives it all; None where it depends on other sites."""
+        rule = self.require_sound()
+        adapter, index = self._start(rule, site), rule.governing(site.names)
+        one = rule if index is None else rule.overrides[index].rule
+        if one is None or not one.alone or vars(adapter).get("basis") == "random":
+            return None
+        return Wanted(one.rank_of, one.value if one.kind == "threshold" and one.bare else None)
+
     def _by_rule(self, graph: ModelGraph) -> Plan:
         rule, sites = self.require_sound(), self.measured(graph)
         adapters = self._possible(sites, {name: self._start(rule, site) for name, site in sites.items()})
@@ -140,7 +150,7 @@ class Choose:
 
     def _usable(self, spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
         """Leave out weights of zeros, which have no direction to train; PlanError if they were named or are all."""
-        usable = {name: found for name, found in spectra.items() if found.numerical_rank > 0}
+        usable = {name: found for name, found in spectra.items() if not found.is_zero}
         zeros = [name for name in spectra if name not in usable]
         if zeros and (self.where is not None or not usable):
             raise PlanError(_zeros(zeros[0]))

@@ -4,7 +4,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from sarac.ir.layers import adapted, compile_forward, install
 from sarac.ir.match import Match, readers
 from sarac.ir.measure import leading
 from sarac.ir.record import Record, attach
+from sarac.ir.start import Factors
 from sarac.ir.weight import Slot, base_attribute
 
 Tensors = Mapping[str, nn.Parameter]
@@ -64,7 +64,7 @@ class Rewrite:
         weight, own = graph.weight(site), [role for role in adapter.shapes(*site.shape) if role not in adapter.borrowed]
         made = {role: tensor for role, tensor in self.given.get(site.name, {}).items() if role in own}
         if set(made) != set(own):
-            made = {**adapter.init(weight, generator, site.name, partial(leading, cache=cache)), **made}
+            made = {**adapter.init(weight, generator, site.name, _factors(site, cache)), **made}
         parameters = {}
         for role, tensor in made.items():
             parameters[role] = nn.Parameter(tensor.to(weight.device), requires_grad=role in adapter.trainable)
@@ -94,6 +94,17 @@ class Rewrite:
             named = {param: tensors[slot.site] for param, slot in chosen.items()}
             install(owner, list(chosen.values()), named, forward, region.guards if region and forward else ())
         return rewritten
+
+
+def _factors(site: Site, cache: Store | None) -> Factors:
+    """The factors of a site's weight or of a matrix of it, with no second decomposition where the first has kept vectors."""
+    found = site.spectrum
+    measured = {f"{site.name}[{i}]": part for i, part in enumerate(found.parts)} if found else {}
+
+    def factors(weight: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        return leading(weight, rank, name, cache, measured.get(name, found))
+
+    return factors
 
 
 def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -105,7 +105,7 @@ def transform(
     if given is not None:
         warn_of_other_base(given, graph)
     else:
-        measure = [Analyze(names=frozenset(choose.measured(graph)))]
+        measure = [Analyze(names=frozenset(choose.measured(graph)), wanted=choose.wanted)]
     with switched(cache):
         graph = run(graph, *measure, choose, Rewrite(seed, inplace))
     if graph.example_inputs is not None:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "ir.clone": "ir.errors ir.weight ir.layers",
     "ir.cache": "ir.errors ir.gram ir.spectrum",
     "ir.processes": "ir.errors",
-    "ir.measure": "ir.cache ir.gram ir.graph ir.processes ir.spectrum",
+    "ir.measure": "ir.cache ir.certify ir.gram ir.graph ir.processes ir.spectrum",
     "ir.pipeline": "ir.*",
     "passes.analyze": "ir.*",
     "passes.choose": "ir.*",

@@ -8,6 +8,7 @@ Vectors come nearly free with the values on a GPU (126 ms against 117 at 4096 on
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,16 @@ from sarac.ir.spectrum import Spectrum, stacked
 
 ENGINE = "gram 1"  # stands in cache keys: a change of what comes out gives it another number
 Keep = Callable[[Spectrum], int] | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a rule is going to ask of a weight: so many leading vectors; and, with `share`, no rank but that at this share."""
+
+    rank: Callable[[Spectrum], int]
+    share: float | None = None
+
+
 UNIT = torch.finfo(torch.float64).eps / 2.0  # the unit roundoff
 _SMALL = 2048  # up to here a CPU's SVD takes one thread: where cores are shared a second one makes it five times slower
 _BLOCK = 2**24  # numbers that are turned into float64 at a time

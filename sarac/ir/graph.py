@@ -79,8 +79,10 @@ class Site:
         return int(found[1]) if found else None
 
     def facts(self, threshold: float) -> dict[str, Any]:
-        """What goes into `node.meta`: the weight, its shape and the threshold rank."""
+        """What goes into `node.meta`: the weight, its shape and the threshold rank, where what was measured tells it."""
         assert self.spectrum is not None
+        if not (self.spectrum.complete or self.spectrum.decided(threshold)):
+            return {"site": self.name, "shape": self.full_shape, "threshold": threshold, "rank": None}
         ranks = tuple(part.rank_at(threshold) for part in self.spectrum.parts)
         rank = self.spectrum.rank_at(threshold)
         return {"site": self.name, "shape": self.full_shape, "threshold": threshold, "rank": ranks or rank}

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from sarac.ir.cache import Store, digest, key, pack, unpack
-from sarac.ir.gram import by_svd, factors, spectra, spectrum, vectors
-from sarac.ir.graph import ModelGraph
+from sarac.ir.certify import certified, worthwhile
+from sarac.ir.gram import Wanted, by_svd, factors, spectra, spectrum, vectors
+from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.processes import Share
 from sarac.ir.spectrum import Spectrum, refining
 
 _THREADS = 4  # that read, hash and upload ahead of the decompositions
 _AHEAD, _AHEAD_CUDA = 2**24, 2**30  # bytes of weights that lie ready: what a CPU measures shares its memory with them
+_ALL = "all values"  # the rule of a whole spectrum in the cache
 _SMALL, _TOGETHER = 512, 2**22  # the smaller side of what is measured together, and how many values of it at once
 Progress = Callable[[str], None]
 
@@ -33,6 +35,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    wanted: Wanted | None = None  # what is kept beside the values
 
     @property
     def cost(self) -> int:
@@ -45,10 +48,12 @@ class Weight:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def weights(graph: ModelGraph, names: Iterable[str]) -> list[Weight]:
+def weights(graph: ModelGraph, names: Iterable[str], wanted: Callable[[Site], Wanted | None] | None = None) -> list[Weight]:
     """These sites of a traced model, to be measured."""
     sites = [graph.sites[name] for name in names]
-    return [Weight(site.name, site.full_shape, site.dtype, partial(graph.weight, site)) for site in sites]
+    return [
+        Weight(site.name, site.full_shape, site.dtype, partial(graph.weight, site), wanted and wanted(site)) for site in sites
+    ]
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ class _Ready:
     weight: Weight
     values: Tensor | None = None
     arrived: Any = None
-    key: str = ""
+    entry: Callable[[str], str] | None = None  # the cache's key by rule
     known: Spectrum | None = None
+    home: torch.device | None = None  # where its values lay
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class _Place:
         """By default the current CUDA device where there is one."""
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-        return cls(device, torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None)
+        return cls(device, torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None)  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def ahead(self) -> int:
@@ -107,17 +113,20 @@ def measure(
     batches, place = _batches(weights), _Place.of(device)
     if distributed:
         share = Share([sum(weight.cost for weight in batch) for batch in batches], progress)
-        mine = _measured([batches[i] for i in share.mine], cache, share.step, place)
-        found = share.collect(mine)
-        return {weight.name: _revisable(weight, found[weight.name], cache, place) for weight in weights}
+        mine: dict[str, Spectrum] = {}  # with the vectors that they keep
+        work = _measured([batches[i] for i in share.mine], cache, share.step, place)
+        found = share.collect((name, mine.setdefault(name, one)) for name, one in work)
+        return {weight.name: _revisable(weight, {**found, **mine}[weight.name], cache, place) for weight in weights}
     found = dict(_measured(batches, cache, progress or (lambda name: None), place))
     return {weight.name: found[weight.name] for weight in weights}
 
 
-def leading(weight: Tensor, rank: int, name: str, cache: Store | None = None) -> tuple[Tensor, Tensor, Tensor, float]:
+def leading(
+    weight: Tensor, rank: int, name: str, cache: Store | None = None, measured: Spectrum | None = None
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """U (out, rank), s (rank,), V (rank, in) and the zero floor, of a matrix whose one side's vectors the cache may have.
 
-    They are the same to the last bit whether these were kept or computed.
+    Or its spectrum, `measured`, has kept them. They are the same to the last bit whether they were kept or computed.
     """
     entry = _entry(weight, f"vectors {rank}", cache)
     known = cache.get(entry) if cache is not None and entry else None
@@ -127,7 +136,8 @@ def leading(weight: Tensor, rank: int, name: str, cache: Store | None = None) ->
         arrived.synchronize()
     if basis is not None and tuple(basis.shape) == (rank, min(weight.shape)):
         return factors(values, rank, name, basis.to(values.device))
-    basis = vectors(values, rank, name)
+    basis = measured.basis if measured is not None else None
+    basis = vectors(values, rank, name) if basis is None or len(basis) < rank else basis[:rank].to(values.device)
     if cache is not None and entry:
         cache.put(entry, {"basis": basis}, None)
     return factors(values, rank, name, basis)
@@ -170,7 +180,7 @@ def _batches(weights: Iterable[Weight]) -> list[list[Weight]]:
         if batch is None or (len(batch) + 1) * math.prod(weight.shape) > _TOGETHER:
             batch = []
             batches.append(batch)
-            if len(weight.shape) == 2 and min(weight.shape) <= _SMALL:
+            if len(weight.shape) == 2 and min(weight.shape) <= _SMALL and weight.wanted is None:
                 unfilled[alike] = batch
         batch.append(weight)
     return batches
@@ -184,31 +194,53 @@ def _measured(
         for one in batch:
             progress(one.weight.name)
         yield from ((one.weight.name, _revisable(one.weight, one.known, cache, place)) for one in batch if one.known is not None)
-        left = [(one.weight, one.key) for one in batch if one.known is None]
+        left = [(one.weight, one.entry, one.home) for one in batch if one.known is None]
         values = _arrived(batch)
         batch.clear()  # of a large weight there is no room for two
-        found = _together(values, [weight.name for weight, _ in left])
+        found = _together(values, [weight for weight, _, _ in left])
         values.clear()
-        for (weight, entry), one in zip(left, found, strict=True):
+        for (weight, entry, home), new in zip(left, found, strict=True):
             if cache is not None and entry:
-                cache.put(entry, *pack(one))
-            yield weight.name, _revisable(weight, one, cache, place)  # what it held of the values goes
+                rule = _ALL if new.complete or not weight.wanted else _leading(weight.wanted.share)
+                cache.put(entry(rule), *pack(new))
+            for part in new.matrices:  # a model in host memory may be larger than the device that measures it
+                if part.basis is not None:
+                    part.__dict__["basis"] = part.basis.to(home)
+            yield weight.name, _revisable(weight, new, cache, place)  # what it held of the values goes
 
 
-def _together(values: list[Tensor], names: list[str]) -> list[Spectrum]:
-    """The spectra of equal matrices, or of one stack."""
-    if values and values[0].ndim == 3:
-        return [spectrum(values[0], names[0])]
-    return spectra(values, names) if values else []
+def _together(values: list[Tensor], weights: Sequence[Weight]) -> list[Spectrum]:
+    """The spectra of equal matrices, or of one stack, or of one weight of which something is wanted."""
+    if values and (values[0].ndim == 3 or weights[0].wanted is not None):
+        return [_alone(values[0], weights[0].name, weights[0].wanted)]
+    return spectra(values, [weight.name for weight in weights]) if values else []
+
+
+def _alone(values: Tensor, name: str, wanted: Wanted | None) -> Spectrum:
+    if wanted is not None and wanted.share is not None and worthwhile(values, wanted.share):
+        found = certified(values, wanted.share)
+        if found is not None:
+            return found
+    return spectrum(values, name, wanted.rank if wanted else None)
 
 
 def _ready(weight: Weight, cache: Store | None, place: _Place) -> _Ready:
     """Read a weight, hash it and look it up; take it to where it is measured."""
     values = weight.load()
-    entry = _entry(values, "all values", cache)
-    kept = cache.get(entry) if cache is not None and entry else None
-    known = unpack(*kept, tuple(values.shape)) if kept else None
-    return _Ready(weight, known=known) if known is not None else _Ready(weight, *place.take(values), entry)
+    content = None if cache is None else digest(values)
+    if cache is None or not content:
+        return _Ready(weight, *place.take(values), home=values.device)
+    for rule in (_ALL, *([_leading(weight.wanted.share)] if weight.wanted else [])):
+        kept = cache.get(key(content, values.dtype, tuple(values.shape), rule))
+        known = unpack(*kept, tuple(values.shape)) if kept else None
+        if known is not None:
+            return _Ready(weight, known=known)
+    entry = partial(key, content, values.dtype, tuple(values.shape))
+    return _Ready(weight, *place.take(values), entry, home=values.device)
+
+
+def _leading(share: float | None) -> str:
+    return f"leading values up to {share!r}"
 
 
 def _arrived(batch: Iterable[_Ready]) -> list[Tensor]:

@@ -89,7 +89,21 @@ class Rule:
         if self.kind == "rank" and spectra and all(self.value > s.full_rank for s in spectra.values()):
             most = max(s.full_rank for s in spectra.values())
             raise PlanError(f"rank:{int(self.value)} is above min(out, in) of every weight; the largest is {most}.")
-        return Decided({key: self._clamp(self._rank(s), s) for key, s in spectra.items()})
+        return Decided({key: self.rank_of(s) for key, s in spectra.items()})
+
+    @property
+    def alone(self) -> bool:
+        """Whether a rank follows from its own spectrum, whatever the others are."""
+        return self.kind in ("threshold", "energy", "rank")
+
+    @property
+    def bare(self) -> bool:
+        """Whether a rank is what the spectrum gives, unshaped by other options."""
+        return (self.low, self.high, self.multiple) == (1, None, 1)
+
+    def rank_of(self, spectrum: Spectrum) -> int:
+        """The rank of one matrix, where the rule decides each alone."""
+        return self._clamp(self._rank(spectrum), spectrum)
 
     def _rank(self, spectrum: Spectrum) -> int:
         if self.kind == "rank":

@@ -41,8 +41,8 @@ class Spectrum:
     refine: Callable[[str], "Spectrum"] | None = field(default=None, compare=False, repr=False)  # by a true SVD, and why
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the way back to the weight, which does not travel."""
-        return {**self.__dict__, "refine": None, "parts": self.parts}
+        """Everything but the way back to the weight, and what is kept of its vectors: these do not travel."""
+        return {**self.__dict__, "refine": None, "basis": None}
 
     @property
     def full_rank(self) -> int:
@@ -67,6 +67,11 @@ class Spectrum:
             return told.get(0, "")
         first = next(iter(told))
         return f"matrix {first}: {told[first]}" + (f" ({len(told)} such)" if len(told) > 1 else "")
+
+    @property
+    def complete(self) -> bool:
+        """Whether all values are known, and not the leading ones alone."""
+        return all(part.rest is None for part in self.matrices)
 
     @property
     def is_zero(self) -> bool:

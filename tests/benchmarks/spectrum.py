@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import sarac
 from sarac.ir.certify import certified
-from sarac.ir.gram import factors, spectrum
+from sarac.ir.gram import Wanted, factors, spectrum
 from sarac.ir.measure import Weight, measure
 from sarac.ir.spectrum import Spectrum
 from sarac.recipe import open_model
@@ -169,19 +169,20 @@ def at_share(found: Spectrum) -> int:
 
 
 def seven(device: str, layers: int) -> Rows:
-    """Values and factors at 0.6 of the 7B set, from host memory, by all processes: seconds until the last factor is there."""
+    """Values and factors at 0.6 of the 7B set on its device, by all processes: seconds until the last factor is there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    stored = {name: made(shape, seed, device) for name, shape, seed in matrices(layers)}
-    weights = [Weight(name, tuple(one.shape), one.dtype, partial(stored.__getitem__, name)) for name, one in stored.items()]
-    measure(weights[:1], keep=at_share)  # the libraries load
+    stored = {name: made(shape, seed, device).to(device) for name, shape, seed in matrices(layers)}
+    wanted = Wanted(at_share)
+    weights = [Weight(n, tuple(one.shape), one.dtype, partial(stored.__getitem__, n), wanted) for n, one in stored.items()]
+    measure(weights[:1])  # the libraries load
     if world > 1:
         dist.barrier()
     started = time.perf_counter()
-    found = measure(weights, keep=at_share, distributed=world > 1)
+    found = measure(weights, distributed=world > 1)
     measured = time.perf_counter() - started
     mine = {name: one for name, one in found.items() if one.basis is not None}
     held = [factors(stored[name].to(device), at_share(one), name, one.basis)[::2] for name, one in mine.items()]
