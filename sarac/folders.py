@@ -109,8 +109,8 @@ def _of(path: Path, held: Mapping[str, Entry], seen: ModelGraph | None, why: str
         else:
             _take(site, entry, held, sites, weights, skipped)
     skipped |= {name: f"{path.name} does not hold it under this name" for name in missing if name not in sites}
-    order = {name: i for i, name in enumerate([*(seen.sites if seen is not None else ()), *held])}
-    sites = {name: sites[name] for name in sorted(sites, key=order.__getitem__)}
+    order = dict.fromkeys([*(seen.sites if seen is not None else ()), *held])
+    sites = {name: sites[name] for name in order if name in sites}
     parameters = sum(entry.size for entry in held.values() if _numbers(entry) and not _NO_WEIGHT.search(entry.name))
     title = _title(path, seen, len([name for name in sites if name not in known]), why)
     return Folder(path, title, parameters, weights, ModelGraph(nn.Module(), sites, {}, skipped))
@@ -202,13 +202,12 @@ def _scale(entry: Entry, held: Mapping[str, Entry]) -> Entry | None:
 def _blocks(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...]:
     """How many rows and columns one scale is for; () where that is not known."""
     counts = (*scale, 1) if len(scale) == 1 else scale or (1, 1)
-    sizes = []
-    for size, count in zip(shape, counts, strict=False):
-        if count > 0 and -(-size // _BLOCK) == count:
-            sizes.append(_BLOCK)
-        elif count > 0 and size % count == 0:
-            sizes.append(size // count)
-    return tuple(sizes) if len(sizes) == len(counts) == 2 else ()
+    if len(counts) != 2 or 0 in counts:
+        return ()
+    if all(-(-size // _BLOCK) == count for size, count in zip(shape, counts, strict=True)):
+        return (_BLOCK, _BLOCK)
+    even = all(size % count == 0 for size, count in zip(shape, counts, strict=True))
+    return (shape[0] // counts[0], shape[1] // counts[1]) if even else ()
 
 
 def _values(layout: Layout, entry: Entry, scale: Entry | None) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class Entry:
         """The tensor, in memory of its own; a file that has become shorter is a CheckpointError."""
         if self.size == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        held = torch.empty(self.size * self.dtype.itemsize, dtype=torch.uint8)
-        view, done = memoryview(held.numpy()), 0
+        held = mmap(-1, self.size * self.dtype.itemsize)  # of the system's: what an allocator gets back it may keep
+        view, done = memoryview(held), 0
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.start)
@@ -59,7 +60,7 @@ class Entry:
             raise CheckpointError(f"{self.file} cannot be read at {self.name}: {error.strerror or error}.") from error
         if done < len(view):
             raise CheckpointError(f"{self.file} ends within {self.name}, {len(view) - done:,} bytes too early. {_AGAIN}")
-        return held.view(self.dtype).reshape(self.shape)
+        return torch.frombuffer(held, dtype=torch.uint8).view(self.dtype).reshape(self.shape)
 
 
 def found(path: Path) -> bool:

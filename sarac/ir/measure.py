@@ -20,7 +20,7 @@ from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.processes import Share
 from sarac.ir.spectrum import Spectrum, refining
 
-_THREADS = 4  # that read, hash and upload ahead of the decompositions
+_THREADS = 2  # that read, hash and upload ahead of the decompositions
 _AHEAD, _AHEAD_CUDA = 2**24, 2**30  # bytes of weights that lie ready: what a CPU measures shares its memory with them
 _ALL = "all values"  # the rule of a whole spectrum in the cache
 _SMALL, _TOGETHER = 512, 2**22  # the smaller side of what is measured together, and how many values of it at once
