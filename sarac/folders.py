@@ -96,9 +96,9 @@ def _of(path: Path, held: Mapping[str, Entry], seen: ModelGraph | None, why: str
     weights: dict[str, Weight] = {}
     skipped: dict[str, str] = {}
     known, taken = dict(_known(held, seen)) if seen is not None else {}, set[str]()
-    for site, entry, names in known.values():
+    for certain, entry, names in known.values():
         taken |= names
-        _take(site, entry, held, sites, weights, skipped)
+        _take(certain, entry, held, sites, weights, skipped)
     missing = [site.name for site in seen.sites.values() if site.name not in known] if seen is not None else []
     others = [entry for name, entry in held.items() if name not in taken and len(entry.shape) >= 2]
     reasons = dict(_reasons(held, seen)) if seen is not None else {}

@@ -118,7 +118,7 @@ def described(folder: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         with torch.device("meta"):
-            model: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+            model: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)  # type: ignore[no-untyped-call]  # transformers'
     except Exception as error:  # a model's own code may do anything on meta, and a config be of anybody's
         raise CheckpointError(f"{folder / 'config.json'} builds no model: {(str(error).splitlines() or [''])[0]}") from error
     return model

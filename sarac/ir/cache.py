@@ -84,7 +84,7 @@ def digest(weight: Tensor) -> str | None:
         return None
     found, plain = hashlib.sha256(), weight.detach()
     rows = max(1, _PIECE * len(plain) // max(1, plain.numel() * plain.itemsize)) if plain.ndim else 1
-    for piece in plain.split(rows):
+    for piece in plain.split(rows):  # type: ignore[no-untyped-call]  # torch's
         found.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
@@ -218,7 +218,8 @@ def unpack(tensors: Mapping[str, Tensor], facts: Any, shape: tuple[int, ...]) ->
         for i, one in enumerate(facts):
             plain = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
             own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(i)}
-            found.append(Spectrum(**plain, **own))
+            given: dict[str, Any] = {**plain, **own}
+            found.append(Spectrum(**given))
     except TypeError:
         return None
     if len(found) != (shape[0] if len(shape) == 3 else 1) or not all(_sound(one, min(shape[-2:])) for one in found):

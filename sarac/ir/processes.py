@@ -77,7 +77,8 @@ class Share:
                 "torch.distributed.init_process_group in every process first, or leave it out."
             )
         self.mine = dealt(costs, dist.get_world_size())[dist.get_rank()]
-        self._board: Any = dist.PrefixStore(f"sarac/{next(_calls)}", dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d._get_default_store()
+        self._board: Any = dist.PrefixStore(f"sarac/{next(_calls)}", store)  # type: ignore[attr-defined]  # not in torch's stubs
         self._progress = progress if dist.get_rank() == 0 else None
 
     def step(self, name: str) -> None:
@@ -146,10 +147,10 @@ def _exchanged(mine: dict[str, Any] | None, failed: Exception | None) -> dict[st
         raise (failed or _gone(error)) from error
     finally:
         _open = False
-    errors = [(rank, error) for rank, (_, error) in enumerate(everyone) if error is not None]
+    errors = [(rank, theirs) for rank, (_, theirs) in enumerate(everyone) if theirs is not None]
     if errors:
-        rank, error = errors[0]
-        raise (failed if failed is not None and rank == dist.get_rank() else error) from failed
+        rank, first_one = errors[0]
+        raise (failed if failed is not None and rank == dist.get_rank() else first_one) from failed
     return {name: value for found, _ in everyone for name, value in found.items()}
 
 
