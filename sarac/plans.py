@@ -39,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Decide a rank for every weight of a model, as a file to read and edit; or hold two plans side by side.",
+    help="Decide a rank for every weight, in a file to read and edit.",
 )
 
 
@@ -73,9 +73,9 @@ def make(
     shape = {"min": low, "max": high, "multiple": multiple}
     given = [f",{name}={value}" for name, value in shape.items() if value is not None]
     text = "".join([rule or planning.DEFAULT, *given]) if rule or given else None
-    graph = trace(opened, spec.sample()) if spec else planning.with_dataflow(opened)
     choice = {"method": method, "where": where, "overrides": take.overrides_of(overrides), "also_train": also_train}
     choose = planning.choice_of(opened, plan=text, **{name: value or None for name, value in choice.items()})
+    graph = trace(opened, spec.sample()) if spec else planning.with_dataflow(opened)
     with meter("Measuring", len(choose.measured(graph)) if choose else 0) as step:
         found = planning.plan_of(graph, choose, step)
     if out is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import Own, Shared, TiedHead, adapt, llama, mlp, trainables
+from zoo import Own, Shared, TiedHead, adapt, ids, llama, mlp, trainables
 
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import PlanError, SaracWarning, SpectrumError
@@ -175,3 +175,108 @@ def test_routed_adapter_needs_a_call() -> None:
         chosen(Own("sliced", 5, 6), method="mosara")
     assert chosen(Own("sliced", 5, 6), "rank:2,router=uniform", method="mosara").sites == {"w": MoSara(2, router="uniform")}
     assert torch.is_tensor(adapt(Own("sliced", 5, 6)).w)
+
+
+# Overrides.
+
+
+def test_last_override_that_matches_holds() -> None:
+    model = llama()
+    plain = chosen(model, "rank:2")
+    overrides = {"*.0.*": "rank:5", "*.down_proj.weight": "threshold:0.3", "*.1.*.o_proj.weight": "none"}
+    plan = chosen(model, "rank:2", overrides=overrides)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert plan.sites[down] == Sara(spectrum(model.get_parameter(down)).rank_at(0.3)) != Sara(5)
+    assert {name for name, adapter in plan.sites.items() if adapter == Sara(5)} == {
+        name for name in plan.sites if ".0." in name and name != down
+    }
+    assert set(plain.sites) - set(plan.sites) == {"model.layers.1.self_attn.o_proj.weight"}
+    text = "rank:2; *.0.*=rank:5; *.down_proj.weight=threshold:0.3; *.1.*.o_proj.weight=none"
+    assert plan.rule == text
+    assert chosen(model, text) == plan != chosen(model, f"{text}; *.0.*=rank:5")
+
+
+def test_override_may_have_a_method_of_its_own() -> None:
+    plan = chosen(mlp(6, 5, 4), "rank:2,train=factors", overrides={"0.*": "rank:3,method=mosara,sets=2"})
+    assert plan.sites == {"0.weight": MoSara(3, sets=2), "2.weight": Sara(2, "factors")}
+
+
+def test_budget_counts_what_overrides_fixed_first() -> None:
+    model = llama()
+    plan = chosen(model, "budget:80", overrides={"*.o_proj.weight": "rank:9", "*.down_proj.weight": "budget:20"})
+    spent = {kind: sum(a.rank for name, a in plan.sites.items() if kind in name) for kind in ("o_proj", "down_proj", "")}
+    assert (spent["o_proj"], spent[""] <= 80, spent["down_proj"] <= 20) == (18, True, True)
+    rest = {name: a for name, a in plan.sites.items() if "o_proj" not in name and "down_proj" not in name}
+    left = 80 - spent["o_proj"] - spent["down_proj"]
+    assert rest == chosen(model, f"budget:{left}", where=list(rest)).sites != chosen(model, "budget:80", where=list(rest)).sites
+    assert plan.note.startswith("*.down_proj.weight: threshold:")
+    with pytest.raises(PlanError, match=r"fits nothing: .* is 30\. Overrides alone train 18"):
+        chosen(model, "budget:29", overrides={"*.o_proj.weight": "rank:9"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"*.o_projj.weight": "none"}, "'.*o_projj.*' in `overrides` matches no weight. Near names"),
+        ({"lm_head.weight": "rank:2"}, "none of the weights that are taken, only such as lm_head.weight"),
+        ({"*": "none"}, "leave none of the 14 weights"),
+        ({"*": "rank:2,sets=3"}, "sara has no option 'sets'"),
+    ],
+)
+def test_override_that_does_not_fit_is_told(overrides: dict[str, str], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        chosen(llama(), "rank:2", overrides=overrides)
+    with pytest.raises(PlanError, match="A finished plan names its ranks itself"):
+        chosen(mlp(6, 4), Plan({"0.weight": Sara(1)}), overrides=overrides)
+
+
+def test_uniform_spends_no_more_than_what_it_is_like() -> None:
+    model = llama()
+    like, uniform = (chosen(model, rule) for rule in ("threshold:0.6", "uniform:like=threshold:0.6"))
+    counts = [sum(plan.trainable.values()) for plan in (like, uniform)]
+    assert counts[1] <= counts[0] < counts[1] + 14
+    (rank,) = {adapter.rank for adapter in uniform.sites.values()}
+    assert (
+        uniform.note == f"rank {rank} everywhere; {counts[0] - counts[1]} of the {counts[0]} numbers of threshold:0.6 left over"
+    )
+
+
+# Siblings.
+
+
+def test_siblings_come_from_the_dataflow() -> None:
+    model, x = llama(), ids()
+    plan = run(trace(model, x), Choose("rank:2", where=["*.q_proj.*", "*.v_proj.*", "*.o_proj.*"])).plan
+    pairs = [tuple(f"model.layers.{i}.self_attn.{kind}_proj.weight" for kind in "qv") for i in range(2)]
+    assert plan.siblings == tuple(pairs)
+    assert chosen(model, "rank:2").siblings == ()
+    assert run(trace(model), Choose(plan)).plan.siblings == plan.siblings
+
+
+def test_router_scope_needs_siblings_that_are_known() -> None:
+    rule, x = "rank:2,router_scope=group", ids()
+    with pytest.raises(PlanError, match=r"which weights read one input: give example_inputs \(--input\)"):
+        chosen(llama(), rule, "mosara")
+    with pytest.raises(PlanError, match="no two of these weights that read one input: leave it out"):
+        run(trace(mlp(6, 5, 4), torch.ones(2, 6)), Choose(rule, "mosara"))
+    assert set(chosen(llama(), f"{rule},router=uniform", "mosara").sites.values()) == {
+        MoSara(2, router="uniform", router_scope="group")
+    }
+    plan = run(
+        trace(llama(), x), Choose(rule, "mosara", overrides={"*.1.*": "rank:3,sets=2", "*.0.*.v_proj.*": "rank:3,sets=2"})
+    ).plan
+    shared = {name.removeprefix("model.layers."): a.router_of.removeprefix("model.layers.") for name, a in plan.sites.items()}
+    assert {name: of for name, of in shared.items() if of} == {  # v's router has other sets than q's
+        "0.self_attn.k_proj.weight": "0.self_attn.q_proj.weight",
+        "0.mlp.up_proj.weight": "0.mlp.gate_proj.weight",
+        "1.self_attn.k_proj.weight": "1.self_attn.q_proj.weight",
+        "1.self_attn.v_proj.weight": "1.self_attn.q_proj.weight",
+        "1.mlp.up_proj.weight": "1.mlp.gate_proj.weight",
+    }
+
+
+def test_shared_router_is_paid_once() -> None:
+    graph = trace(llama(), ids())
+    alone, shared = (run(graph, Choose(f"budget:400,router_scope={scope}", "mosara")).plan for scope in ("site", "group"))
+    assert sum(shared.trainable.values()) <= 400 < sum(alone.trainable.values()) + 100
+    assert sum(a.rank for a in shared.sites.values()) > sum(a.rank for a in alone.sites.values())
