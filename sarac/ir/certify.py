@@ -9,8 +9,10 @@ its rounding added; how rough the way to them was does not matter. What they lea
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from sarac.ir.gram import UNIT, gram, placed, scale_of, stored_dtype, zero_floor
 from sarac.ir.spectrum import Spectrum
 
+Found = TypeVar("Found")
 SHARE, SIDE = 0.06, 1024  # up to which share, and from which smaller side on, this is the faster way
 _STEPS = (  # a x + b x³ + c x⁵, made for values in [1e-3, 1]
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -52,13 +55,17 @@ def certified(weight: Tensor, share: float) -> Spectrum | None:
     root = _cholesky(_plus(g, 2.0 * off)) if 0.0 < trace < math.inf else None
     if root is None:
         return None
-    top = _Leading(g, off)
-    total = _nuclear(root.T.contiguous(), top.largest)
-    leading = top.reach(share * total[1] * (1.0 + 1e-6)) if total else None
-    if total is None or leading is None:
+    with _matrix_units():
+        top = _Leading(g, off)
+        polar = _polar(root.T, top.largest)
+        about = float((polar.double() * root.T).sum())  # the sum, to a thousandth
+        total = _beside(lambda: _bounds(polar, root.T, top.largest), g)
+        leading = top.reach(share * about * 1.003) if 0.0 < about < math.inf else None
+        bounds = total()
+    if bounds is None or leading is None:
         return None
     values, errors, vectors = leading
-    floor, (low, high) = zero_floor(weight, float(values[0])), total
+    floor, (low, high) = zero_floor(weight, float(values[0])), bounds
     # The root's values are sqrt(σ² + d) with 0 <= d <= 4·off, and its sum has those in it that count as zero.
     low -= len(g) * 2.0 * off / floor
     sums, spare = float(values.sum()), float(errors.sum())
@@ -72,21 +79,24 @@ def certified(weight: Tensor, share: float) -> Spectrum | None:
     return None
 
 
-def _nuclear(root: Tensor, largest: float) -> tuple[float, float] | None:
-    """Bounds on the sum of the singular values of a square matrix whose largest is about `largest`."""
+def _polar(root: Tensor, largest: float) -> Tensor:
+    """About the orthogonal factor of a square matrix whose largest singular value is about `largest`, in float32."""
     x = (root / (1.01 * largest)).float()
     for i, (a, b, c) in enumerate(_STEPS):
         spare = _SPARE if i + 1 < len(_STEPS) else 1.0
-        a, b, c = a / spare, b / spare**3, c / spare**5
         rough = x.bfloat16() if i < _ROUGH and x.is_cuda else x
-        with _matrix_units():
-            square = rough.T @ rough
-            x = torch.addmm(rough, rough, torch.addmm(square, square, square, beta=b, alpha=c), beta=a).float()
-    wide = x.double()
+        square = rough.T @ rough
+        inner = torch.addmm(square, square, square, beta=b / spare**3, alpha=c / spare**5)
+        x = torch.addmm(rough, rough, inner, beta=a / spare).float()
+    return x
+
+
+def _bounds(polar: Tensor, root: Tensor, largest: float) -> tuple[float, float] | None:
+    """Bounds on the sum of the root's singular values from about its orthogonal factor."""
+    wide = polar.double()
     square, h = wide.T @ wide, wide.T @ root
-    with _matrix_units():
-        fourth = square.float() @ square.float()
-        bound = float((fourth @ fourth).norm()) ** 0.25  # >= ‖X‖², by at most the eighth root of n
+    fourth = square.float() @ square.float()
+    bound = float((fourth @ fourth).norm()) ** 0.25  # >= ‖X‖², by at most the eighth root of n
     if not bound <= 3.8:  # y (3 - y)² / 4 <= 1 for y in [0, 4]: then ‖X (3 - Xᵀ X) / 2‖ <= 1
         return None
     low = 1.5 * float(h.diagonal().sum()) - 0.5 * float((square * h).sum())
@@ -100,6 +110,25 @@ def _nuclear(root: Tensor, largest: float) -> tuple[float, float] | None:
             high = 0.5 * (float(thin.square().sum()) + float(p.diagonal().sum()))
             return low * (1.0 - _ROUNDING), high * (1.0 + _ROUNDING)
     return None
+
+
+def _beside(work: Callable[[], Found], near: Tensor) -> Callable[[], Found]:
+    """The way to what `work` gives: on a GPU it runs meanwhile, on a stream and in a thread of its own."""
+    if not near.is_cuda:
+        return work
+    stream = torch.cuda.Stream(near.device)  # type: ignore[no-untyped-call]  # torch's
+    stream.wait_stream(torch.cuda.current_stream(near.device))
+
+    def there() -> Found:
+        with torch.cuda.device(near.device), torch.cuda.stream(stream):
+            found = work()
+            stream.synchronize()
+            return found
+
+    pool = ThreadPoolExecutor(1)
+    result = pool.submit(there).result
+    pool.shutdown(wait=False)
+    return result
 
 
 class _Leading:
@@ -120,14 +149,15 @@ class _Leading:
 
     def reach(self, goal: float) -> tuple[Tensor, Tensor, Tensor] | None:
         """The leading singular values whose sum reaches `goal`, bounds on their errors, and their vectors (n, k)."""
-        size = 3 * math.ceil(goal / self.largest) + 16
+        size = 2 * math.ceil(1.1 * goal / self.largest) + 16
         for _ in range(_ROUNDS):
             if size > len(self.g) // 4:
                 return None
-            if size > self.v.shape[1]:
+            wider = size > self.v.shape[1]
+            if wider:
                 self.v = torch.cat([self.v, self.g @ self._drawn(size - self.v.shape[1])], 1)
                 self._ritz()
-            self._filter()
+            self._filter(rough=wider)
             k = int((self.theta.clamp_min(0.0).sqrt().cumsum(0) < goal).sum()) + 1
             if k > 0.6 * size:
                 size = 2 * size
@@ -151,14 +181,15 @@ class _Leading:
         low, high = (theta[:k] - 2.0 * self.off).clamp_min(0.0).sqrt(), (highest + 2.0 * self.off).sqrt()
         return values, torch.maximum(values - low, high - values), self.v[:, :k]
 
-    def _filter(self) -> None:
+    def _filter(self, rough: bool = False) -> None:
         """Apply the Chebyshev polynomial that stays within 1 on [0, the block's last value] and grows fast beyond it."""
+        g = self.g.float() if rough else self.g
         bound = max(float(self.theta[-1]), 1e-6 * float(self.theta[0]))
         growth = math.acosh(max(1.0 + 1e-6, 2.0 * float(self.theta[0]) / bound - 1.0))
-        before, now = self.v, self.gv * (2.0 / bound) - self.v
+        before, now = self.v.to(g), (self.gv * (2.0 / bound) - self.v).to(g)
         for _ in range(max(1, min(_DEGREE, int(23.0 / growth))) - 1):  # beyond 1e10 the block would lose its last columns
-            before, now = now, (self.g @ now) * (4.0 / bound) - 2.0 * now - before
-        self.v = now
+            before, now = now, (g @ now) * (4.0 / bound) - 2.0 * now - before
+        self.v = now.double()
         self._ritz()
 
     def _ritz(self) -> None:

@@ -68,11 +68,11 @@ def test_what_cannot_be_proved_is_left(weight: Tensor) -> None:
 
 def test_a_sum_is_not_bounded_from_a_wrong_start() -> None:
     root = decaying(128, 128, 0.3).double()
-    low, high = certify._nuclear(root, 1.0)
+    low, high = certify._bounds(certify._polar(root, 1.0), root, 1.0)
     true = float(torch.linalg.svdvals(root).sum())
     assert low <= true <= high
     assert high - low < 1e-3 * true
-    assert certify._nuclear(root, 0.2) is None  # the polynomials explode, and are seen to
+    assert certify._bounds(certify._polar(root, 0.2), root, 0.2) is None  # the polynomials explode, and are seen to
 
 
 def test_leading_values_are_not_certain_while_one_is_missing() -> None:
