@@ -74,7 +74,8 @@ class _Place:
         """By default the current CUDA device where there is one."""
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-        return cls(device, torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None)
+        fast = device is not None and device.type == "cuda"
+        return cls(device, torch.cuda.Stream(device) if fast else None)  # type: ignore[no-untyped-call]  # torch's own
 
     @property
     def ahead(self) -> int:
@@ -189,10 +190,10 @@ def _measured(
         batch.clear()  # of a large weight there is no room for two
         found = _together(values, [weight.name for weight, _ in left])
         values.clear()
-        for (weight, entry), one in zip(left, found, strict=True):
+        for (weight, entry), new in zip(left, found, strict=True):
             if cache is not None and entry:
-                cache.put(entry, *pack(one))
-            yield weight.name, _revisable(weight, one, cache, place)  # what it held of the values goes
+                cache.put(entry, *pack(new))
+            yield weight.name, _revisable(weight, new, cache, place)  # what it held of the values goes
 
 
 def _together(values: list[Tensor], names: list[str]) -> list[Spectrum]:
