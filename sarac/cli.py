@@ -156,8 +156,7 @@ def finetune(
     evaluation = text.read_rows(eval_data, words, longest, vocabulary) if eval_data else None
     with busy("Preparing"), switched(not no_cache):
         result = training.with_adapters(opened, plan, method, where or None, seed)
-    options = training.Options(steps, epochs or 1.0, batch_size, lr, seed)
-    outcome = training.finetune(result, rows, evaluation, options, meter)
+    outcome = training.finetune(result, rows, evaluation, training.Options(steps, epochs or 1.0, batch_size, lr, seed), meter)
     storage.save(result, out, example_inputs=text.token_spec(result, vocabulary))
     facts = {**_facts(result, out), **outcome.facts(), "length": longest}
     show(as_json, json.dumps(facts), outcome.table(), _sentence(facts))

@@ -103,11 +103,11 @@ def _of(path: Path, held: Mapping[str, Entry], seen: ModelGraph | None, why: str
     others = [entry for name, entry in held.items() if name not in taken and len(entry.shape) >= 2]
     reasons = dict(_reasons(held, seen)) if seen is not None else {}
     for entry in others:
-        site = None if entry.name in reasons else _supposed(entry)
-        if site is None:
+        guess = None if entry.name in reasons else _supposed(entry)
+        if guess is None:
             skipped[entry.name] = reasons.get(entry.name, "no weight of a layer, by its name")
         else:
-            _take(site, entry, held, sites, weights, skipped)
+            _take(guess, entry, held, sites, weights, skipped)
     skipped |= {name: f"{path.name} does not hold it under this name" for name in missing if name not in sites}
     order = dict.fromkeys([*(seen.sites if seen is not None else ()), *held])
     sites = {name: sites[name] for name in order if name in sites}

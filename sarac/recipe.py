@@ -118,10 +118,10 @@ def described(folder: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         with torch.device("meta"):
-            model: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)  # type: ignore[no-untyped-call]  # transformers'
+            build: Callable[[Any], nn.Module] = transformers.AutoModel.from_config if kind is None else kind
+            return build(config)
     except Exception as error:  # a model's own code may do anything on meta, and a config be of anybody's
         raise CheckpointError(f"{folder / 'config.json'} builds no model: {(str(error).splitlines() or [''])[0]}") from error
-    return model
 
 
 def _from_folder(text: str, arguments: dict[str, Any]) -> nn.Module:

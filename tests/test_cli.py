@@ -572,3 +572,25 @@ def test_the_script_fails_with_a_sentence(work: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("Error: 0.weight contains NaN")
     assert "Traceback" not in done.stderr
+
+
+def test_the_cache_is_shown_cleared_and_left_out(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told("cache") == {"folder": None, "entries": 0, "bytes": 0}
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("SARAC_CACHE", str(kept))
+    run("analyze", work / "llama", "--no-cache")
+    run("transform", work / "llama", "--out", tmp_path / "none.pt", "--no-cache")
+    assert told("cache")["entries"] == 0
+    assert not kept.exists()
+    run("analyze", work / "llama")
+    analysed = told("cache")
+    assert (analysed["folder"], analysed["entries"], analysed["limit"]) == (str(kept), 14, 10**10)
+    assert analysed["bytes"] == sum(path.stat().st_size for path in kept.iterdir())
+    run("transform", work / "llama", "--out", tmp_path / "kept.pt")
+    assert told("cache")["entries"] == 28  # spectra and vectors
+    assert f"{kept}: 28 entries" in run("cache").stdout
+    assert "28 entries, " in (cleared := run("cache", "--clear").stdout)
+    assert " MB removed." in cleared
+    assert told("cache")["entries"] == 0
+    none, cached = (sarac.load(tmp_path / f"{name}.pt").state_dict() for name in ("none", "kept"))
+    assert all(torch.equal(tensor, cached[name]) for name, tensor in none.items())

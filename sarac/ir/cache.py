@@ -83,9 +83,9 @@ def digest(weight: Tensor) -> str | None:
     if type(weight.detach()) is not Tensor or weight.is_meta:
         return None
     found, plain = hashlib.sha256(), weight.detach()
-    rows = max(1, _PIECE * len(plain) // max(1, plain.numel() * plain.itemsize)) if plain.ndim else 1
-    for piece in plain.split(rows):  # type: ignore[no-untyped-call]  # torch's
-        found.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+    rows = max(1, _PIECE * len(plain) // max(1, plain.numel() * plain.itemsize))
+    for start in range(0, len(plain), rows):
+        found.update(plain[start : start + rows].cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -213,14 +213,13 @@ def pack(spectrum: Spectrum) -> tuple[dict[str, Tensor], Any]:
 
 def unpack(tensors: Mapping[str, Tensor], facts: Any, shape: tuple[int, ...]) -> Spectrum | None:
     """The spectrum of a weight of this shape; None where these are no such."""
+    found: list[Spectrum] = []
     try:
-        found = []
         for i, one in enumerate(facts):
-            plain = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
-            own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(i)}
-            given: dict[str, Any] = {**plain, **own}
+            given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
+            given |= {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(i)}
             found.append(Spectrum(**given))
-    except TypeError:
+    except (TypeError, AttributeError):
         return None
     if len(found) != (shape[0] if len(shape) == 3 else 1) or not all(_sound(one, min(shape[-2:])) for one in found):
         return None

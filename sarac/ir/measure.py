@@ -80,7 +80,8 @@ class _Place:
         """By default the current CUDA device where there is one."""
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-        return cls(device, torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None)  # type: ignore[no-untyped-call]  # torch's
+        fast = device is not None and device.type == "cuda"
+        return cls(device, torch.cuda.Stream(device) if fast else None)  # type: ignore[no-untyped-call]  # torch's own
 
     @property
     def ahead(self) -> int:

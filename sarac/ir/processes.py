@@ -77,8 +77,8 @@ class Share:
                 "torch.distributed.init_process_group in every process first, or leave it out."
             )
         self.mine = dealt(costs, dist.get_world_size())[dist.get_rank()]
-        store = dist.distributed_c10d._get_default_store()
-        self._board: Any = dist.PrefixStore(f"sarac/{next(_calls)}", store)  # type: ignore[attr-defined]  # not in torch's stubs
+        group: Any = dist.distributed_c10d
+        self._board = group.PrefixStore(f"sarac/{next(_calls)}", group._get_default_store())
         self._progress = progress if dist.get_rank() == 0 else None
 
     def step(self, name: str) -> None:
@@ -149,8 +149,8 @@ def _exchanged(mine: dict[str, Any] | None, failed: Exception | None) -> dict[st
         _open = False
     errors = [(rank, theirs) for rank, (_, theirs) in enumerate(everyone) if theirs is not None]
     if errors:
-        rank, first_one = errors[0]
-        raise (failed if failed is not None and rank == dist.get_rank() else first_one) from failed
+        rank, first_of_all = errors[0]
+        raise (failed if failed is not None and rank == dist.get_rank() else first_of_all) from failed
     return {name: value for found, _ in everyone for name, value in found.items()}
 
 
