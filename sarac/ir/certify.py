@@ -19,7 +19,7 @@ from sarac.ir.gram import UNIT, gram, placed, scale_of, stored_dtype, zero_floor
 from sarac.ir.spectrum import Spectrum
 
 SHARE, SIDE = 0.06, 1024  # up to which share, and from which smaller side on, this is the faster way
-_STEPS = (  # of the odd polynomial a x + b x³ + c x⁵, for values in [1e-3, 1]
+_STEPS = (  # a x + b x³ + c x⁵, made for values in [1e-3, 1]
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -27,8 +27,10 @@ _STEPS = (  # of the odd polynomial a x + b x³ + c x⁵, for values in [1e-3, 1
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
-_DEGREE, _ROUNDS = 10, 5  # of the filter: products a round, and rounds at most
-_ACCURATE = 1e-7  # a leading vector's angle that is good enough for float32
+_SPARE = 1.02  # room for rounding in all steps but the last: beyond their interval the polynomials explode
+_ROUGH = 4  # steps in bfloat16
+_DEGREE, _ROUNDS = 16, 6  # of the filter: products a round, and rounds at most
+_ACCURATE = 3e-6  # a leading vector's angle that is good enough for float32
 _ROUNDING = 1e-9  # relative, of sums and triangular solves in float64 here
 
 
@@ -72,11 +74,14 @@ def certified(weight: Tensor, share: float) -> Spectrum | None:
 
 def _nuclear(root: Tensor, largest: float) -> tuple[float, float] | None:
     """Bounds on the sum of the singular values of a square matrix whose largest is about `largest`."""
-    x = (root / (1.02 * largest)).float()
-    with _matrix_units():
-        for a, b, c in _STEPS:
-            square = x.T @ x
-            x = a * x + x @ (b * square + c * (square @ square))
+    x = (root / (1.01 * largest)).float()
+    for i, (a, b, c) in enumerate(_STEPS):
+        spare = _SPARE if i + 1 < len(_STEPS) else 1.0
+        a, b, c = a / spare, b / spare**3, c / spare**5
+        rough = x.bfloat16() if i < _ROUGH and x.is_cuda else x
+        with _matrix_units():
+            square = rough.T @ rough
+            x = torch.addmm(rough, rough, torch.addmm(square, square, square, beta=b, alpha=c), beta=a).float()
     wide = x.double()
     square, h = wide.T @ wide, wide.T @ root
     with _matrix_units():
@@ -102,19 +107,20 @@ class _Leading:
 
     def __init__(self, g: Tensor, off: float) -> None:
         self.g, self.off = g, off
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(g.device).manual_seed(0)
         self.v = g @ self._drawn(32)
         self._ritz()
         self._filter()  # the sum's polynomials need the largest value to a hundredth
 
     @property
     def largest(self) -> float:
-        """About the largest singular value."""
-        return math.sqrt(float(self.theta[0]))
+        """The largest singular value, or little more."""
+        residual = self.gv[:, 0] - self.v[:, 0] * self.theta[0]
+        return math.sqrt(float(self.theta[0] + residual.norm()))
 
     def reach(self, goal: float) -> tuple[Tensor, Tensor, Tensor] | None:
         """The leading singular values whose sum reaches `goal`, bounds on their errors, and their vectors (n, k)."""
-        size = 2 * math.ceil(goal / self.largest) + 16
+        size = 3 * math.ceil(goal / self.largest) + 16
         for _ in range(_ROUNDS):
             if size > len(self.g) // 4:
                 return None
@@ -150,7 +156,7 @@ class _Leading:
         bound = max(float(self.theta[-1]), 1e-6 * float(self.theta[0]))
         growth = math.acosh(max(1.0 + 1e-6, 2.0 * float(self.theta[0]) / bound - 1.0))
         before, now = self.v, self.gv * (2.0 / bound) - self.v
-        for _ in range(max(1, min(_DEGREE, int(16.0 / growth))) - 1):  # beyond 1e7 the block would lose its last columns
+        for _ in range(max(1, min(_DEGREE, int(23.0 / growth))) - 1):  # beyond 1e10 the block would lose its last columns
             before, now = now, (self.g @ now) * (4.0 / bound) - 2.0 * now - before
         self.v = now
         self._ritz()
@@ -165,8 +171,7 @@ class _Leading:
         self.theta, self.v, self.gv = theta.flip(0), q @ w.flip(1), product @ w.flip(1)
 
     def _drawn(self, columns: int) -> Tensor:
-        drawn = torch.randn(len(self.g), columns, generator=self.generator, dtype=torch.float64, device="cpu")
-        return drawn.to(self.g.device)
+        return torch.randn(len(self.g), columns, generator=self.generator, dtype=torch.float64, device=self.g.device)
 
 
 def _count_below(g: Tensor, floor: float, off: float) -> float:
