@@ -133,7 +133,7 @@ def convert(
 
 
 def cache(clear: take.Clear = False, as_json: take.Json = False) -> None:
-    """Show where measured spectra are kept, how many and how large; or clear them."""
+    """Show where what was measured is kept, and how much. Or clear it."""
     kept = store()
     if kept is None:
         show(as_json, json.dumps({"folder": None, "entries": 0, "bytes": 0}), "The cache is off (SARAC_CACHE=off).")
