@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -57,25 +59,29 @@ def certified(weight: Tensor, share: float) -> Spectrum | None:
         return None
     with _matrix_units():
         top = _Leading(g, off)
-        polar = _polar(root.T, top.largest)
-        about = float((polar.double() * root.T).sum())  # the sum, to a thousandth
-        total = _beside(lambda: _bounds(polar, root.T, top.largest), g)
-        leading = top.reach(share * about * 1.003) if 0.0 < about < math.inf else None
-        bounds = total()
+        largest = top.largest
+        polar = _polar(root.T, largest)
+        about = float((polar.double() * root.T).sum())  # the sum of all values, to a thousandth
+        if not 0.0 < about < math.inf:
+            return None
+        floor = 1.01 * zero_floor(weight, largest)  # a little more than what counts as zero
+        total = _beside(lambda: _bounds(polar, root.T, largest), g)
+        counts: list[Callable[[], float]] = [partial(float, len(g)), partial(_count_below, g, floor, off)]
+        if share * len(g) * floor > 0.5 * about / len(g):  # it could well move k which values these are
+            counts[1] = _beside(counts[1], g)
+        leading, bounds = top.reach(share * about * 1.003), total()
     if bounds is None or leading is None:
         return None
-    values, errors, vectors = leading
-    floor, (low, high) = zero_floor(weight, float(values[0])), bounds
     # The root's values are sqrt(σ² + d) with 0 <= d <= 4·off, and its sum has those in it that count as zero.
-    low -= len(g) * 2.0 * off / floor
-    sums, spare = float(values.sum()), float(errors.sum())
-    for few in (False, True):  # that all of them may be as small as that does, nearly always
-        small = (_count_below(g, floor, off) if few else len(g)) * math.hypot(floor, 2.0 * math.sqrt(off))
-        rest = ((low - small - sums - spare) / scale, (high - sums + spare) / scale)
-        found = Spectrum(values.cpu() / scale, floor / scale, (), errors.cpu() / scale, rest, len(g), "certified")
+    low, high, most = bounds[0] - len(g) * 2.0 * off / floor, bounds[1], math.hypot(floor, 2.0 * math.sqrt(off))
+    values, errors, vectors = leading
+    for count in counts:
+        sums, spare = float(values.sum()), float(errors.sum())
+        rest = ((low - count() * most - sums - spare) / scale, (high - sums + spare) / scale)
+        smallest = zero_floor(weight, float(values[0])) / scale
+        found = Spectrum(values.cpu() / scale, smallest, (), errors.cpu() / scale, rest, len(g), "certified")
         if found.decided(share):
-            found.__dict__["basis"] = vectors.T.to(stored_dtype(weight)).contiguous()
-            return found
+            return replace(found, basis=vectors.T.to(stored_dtype(weight)).contiguous())
     return None
 
 
@@ -149,15 +155,14 @@ class _Leading:
 
     def reach(self, goal: float) -> tuple[Tensor, Tensor, Tensor] | None:
         """The leading singular values whose sum reaches `goal`, bounds on their errors, and their vectors (n, k)."""
-        size = 2 * math.ceil(1.1 * goal / self.largest) + 16
+        size = math.ceil(2.6 * goal / self.largest) + 16
         for _ in range(_ROUNDS):
             if size > len(self.g) // 4:
                 return None
-            wider = size > self.v.shape[1]
-            if wider:
+            if size > self.v.shape[1]:
                 self.v = torch.cat([self.v, self.g @ self._drawn(size - self.v.shape[1])], 1)
                 self._ritz()
-            self._filter(rough=wider)
+            self._filter()
             k = int((self.theta.clamp_min(0.0).sqrt().cumsum(0) < goal).sum()) + 1
             if k > 0.6 * size:
                 size = 2 * size
@@ -181,15 +186,14 @@ class _Leading:
         low, high = (theta[:k] - 2.0 * self.off).clamp_min(0.0).sqrt(), (highest + 2.0 * self.off).sqrt()
         return values, torch.maximum(values - low, high - values), self.v[:, :k]
 
-    def _filter(self, rough: bool = False) -> None:
+    def _filter(self) -> None:
         """Apply the Chebyshev polynomial that stays within 1 on [0, the block's last value] and grows fast beyond it."""
-        g = self.g.float() if rough else self.g
         bound = max(float(self.theta[-1]), 1e-6 * float(self.theta[0]))
         growth = math.acosh(max(1.0 + 1e-6, 2.0 * float(self.theta[0]) / bound - 1.0))
-        before, now = self.v.to(g), (self.gv * (2.0 / bound) - self.v).to(g)
+        before, now = self.v, self.gv * (2.0 / bound) - self.v
         for _ in range(max(1, min(_DEGREE, int(23.0 / growth))) - 1):  # beyond 1e10 the block would lose its last columns
-            before, now = now, (g @ now) * (4.0 / bound) - 2.0 * now - before
-        self.v = now.double()
+            before, now = now, (self.g @ now) * (4.0 / bound) - 2.0 * now - before
+        self.v = now
         self._ritz()
 
     def _ritz(self) -> None:
@@ -207,7 +211,7 @@ class _Leading:
 
 def _count_below(g: Tensor, floor: float, off: float) -> float:
     """An upper bound on how many singular values lie up to `floor`: the sum of 2 f² / (λ + f²)."""
-    square = 1.001 * floor**2 + 4.0 * off
+    square = floor**2 + 4.0 * off
     lower = _cholesky(_plus(g, square))
     if lower is None:
         return float(len(g))
