@@ -61,7 +61,7 @@ def share(rank: int, folder: Path) -> Any:
     names: list[str] = []
     own: list[str] = []
     inner = measure._together
-    measure._together = lambda values, chosen: own.extend(chosen) or inner(values, chosen)  # type: ignore[func-returns-value]
+    measure._together = lambda values, chosen: own.extend(one.name for one in chosen) or inner(values, chosen)  # type: ignore[func-returns-value]
     analysis = sarac.analyze(model(), distributed=True, progress=names.append)
     again = sarac.analyze(model(), distributed=True, where="0.*")
     values = {site.name: analysis.spectrum(site.name).values for site in analysis.sites}
