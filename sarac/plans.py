@@ -13,6 +13,7 @@ from sarac import arguments as take
 from sarac import planning
 from sarac.checkpoint import written
 from sarac.ir.adapters import Adapter
+from sarac.ir.cache import switched
 from sarac.ir.graph import starred
 from sarac.ir.methods import build, describe
 from sarac.ir.plan import Plan
@@ -61,6 +62,7 @@ def make(
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
+    no_cache: take.NoCache = False,
     as_json: take.Json = False,
 ) -> None:
     """Decide a rank for every weight of a model, to read, edit and give to transform; for a model.pt, show what it has.
@@ -76,7 +78,7 @@ def make(
     choice = {"method": method, "where": where, "overrides": take.overrides_of(overrides), "also_train": also_train}
     choose = planning.choice_of(opened, plan=text, **{name: value or None for name, value in choice.items()})
     graph = trace(opened, spec.sample()) if spec else planning.with_dataflow(opened)
-    with meter("Measuring", len(choose.measured(graph)) if choose else 0) as step:
+    with meter("Measuring", len(choose.measured(graph)) if choose else 0) as step, switched(not no_cache):
         found = planning.plan_of(graph, choose, step)
     if out is not None:
         written(out, found.save)
