@@ -112,7 +112,7 @@ def test_plan_of_one_rank_serves_every_matrix_of_a_stack() -> None:
     assert state.slots["gate_up_proj"].adapter.parts == (3, 3, 3, 3)
     plan = sarac.Plan({name: sarac.Sara(3, parts=(1, 3, 2, 3))})
     assert sarac.Plan.from_json(plan.to_json()) == plan
-    assert plan.to_json().count("[\n") >= 1
+    assert '"rank": [1, 3, 2, 3]' in plan.to_json()
     with pytest.raises(sarac.PlanError, match=r"gives model.* 3 ranks, and it is 4 matrices of shape \(48, 16\)"):
         sarac.transform(model, sarac.Plan({name: sarac.Sara(3, parts=(1, 3, 2))}))
     with pytest.raises(sarac.PlanError, match="the largest is the rank"):

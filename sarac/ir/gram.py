@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import SpectrumError
 from sarac.ir.spectrum import Spectrum, stacked
@@ -156,6 +157,7 @@ def _judged(weight: Tensor, scale: float, eigen: Tensor, trace: float) -> Spectr
 
 def by_svd(weight: Tensor, reason: str, keep: Keep = None) -> Spectrum:
     """The spectrum of a matrix by a true SVD, and why it was needed."""
+    (weight,) = placed([weight])
     scale = scale_of(weight)
     with _one_thread(weight):
         if keep is None:
@@ -210,8 +212,9 @@ def scale_of(weight: Tensor) -> float:
 
 
 def placed(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights where float64 can be computed: on CPUs and NVIDIA's or AMD's GPUs."""
-    return [weight.detach() if weight.device.type in ("cpu", "cuda") else weight.detach().cpu() for weight in weights]
+    """The weights whole, and where float64 can be computed: on CPUs and NVIDIA's or AMD's GPUs."""
+    whole = [weight.full_tensor() if isinstance(weight, DTensor) else weight.detach() for weight in weights]
+    return [weight if weight.device.type in ("cpu", "cuda") else weight.cpu() for weight in whole]
 
 
 def stored_dtype(weight: Tensor) -> torch.dtype:
