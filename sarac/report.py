@@ -1,22 +1,21 @@
-"""What people look at: the analysis as a table, JSON and a plot."""
+"""What people look at: the analysis, a value that shows itself as a table, JSON, a frame, a plot and a page."""
 
-import io
 import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from sarac.ir.errors import CheckpointError, SpectrumError, TraceError, near
-from sarac.ir.graph import ModelGraph, Site, Whole, starred
-from sarac.ir.methods import build, trainable_count
+from sarac import page, plots, tables
+from sarac.figures import Row, kinds, remarks, row, trainable
+from sarac.ir.errors import InputError, SpectrumError, TraceError, near
+from sarac.ir.graph import ModelGraph, Site, Whole
+from sarac.ir.plan import Plan
 from sarac.ir.spectrum import Spectrum
-
-_SHOWN = (0.3, 0.6, 0.9)
+from sarac.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -61,143 +60,57 @@ class Analysis:
     @property
     def trainable(self) -> int:
         """How many numbers SARA's singular values would train at the threshold."""
-        return sum(_trainable(site, self.threshold) for site in self.sites)
+        return sum(trainable(site, self.threshold) for site in self.sites)
+
+    def rows(self) -> list[Row]:
+        """All figures of every weight as JSON values, in the model's order: what every view shows."""
+        return [dict(one) for one in self._rows]
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return [row(site, self.threshold, self.whole) for site in self.sites]
 
     def to_json(self) -> str:
-        """The analysis as JSON text: threshold, totals, one entry a site, and what was left out with the reason."""
-        sites = [
-            {**_row(site, self.spectrum(site.name)), "rank": rank, **self._seen(site.name)}
-            for site, rank in zip(self.sites, self.ranks().values(), strict=True)
-        ]
-        head = {"threshold": self.threshold, "trainable": self.trainable, "parameters": self.parameters}
-        return json.dumps({**head, "sites": sites, "skipped": dict(self.left_out)}, indent=1)
+        """The analysis as JSON text: threshold, totals, an entry a site and one a kind, what was left out with the reason."""
+        return json.dumps(self._document(), indent=1)
 
-    def _seen(self, name: str) -> dict[str, Any]:
-        """What the whole model showed of a site; nothing without example inputs."""
-        whole = self.whole
-        if whole is None:
-            return {}
-        siblings = next((list(group) for group in whole.siblings if name in group), [])
-        calls, flops = whole.calls.get(name, 0), whole.flops.get(name, 0)
-        return {"calls": calls, "flops": flops, "depth": whole.depths.get(name), "siblings": siblings}
+    def _document(self) -> dict[str, Any]:
+        head = {"title": self.title, "threshold": self.threshold, "trainable": self.trainable, "parameters": self.parameters}
+        groups = {"kinds": kinds(self._rows), "remarks": remarks(self._rows)}
+        return {**head, "sites": self._rows, **groups, "skipped": dict(self.left_out)}
+
+    def to_frame(self) -> Any:
+        """A pandas.DataFrame with a row a weight, its ranks in columns of their own; InputError without pandas."""
+        try:
+            from pandas import DataFrame  # no dependency: where it is, a notebook has loaded it already
+        except ImportError as error:
+            raise InputError("A frame needs pandas, which is not installed: pip install pandas, or take rows().") from error
+        flat = [{**one, **{f"k at {share}": rank for share, rank in one["ranks"].items()}} for one in self._rows]
+        return DataFrame([{name: value for name, value in one.items() if name not in _NESTED} for one in flat])
+
+    def table(self, by_site: bool = False, width: int = 130) -> Table:
+        """A rich table by kind of layer, or with `by_site` one row a weight, made to be read at this width."""
+        return tables.table(self.title, self.threshold, self._rows, by_site, width)
 
     def left_out_table(self, by_site: bool = False) -> Table:
         """A rich table of what is left out and why, by kind of weight, or with `by_site` one row a weight."""
-        table = Table(title="Parameters of two or more dimensions that are left out", title_justify="left")
-        table.add_column("parameter", no_wrap=True)
-        table.add_column("how many", justify="right")
-        table.add_column("why")
-        groups: dict[tuple[str, str], int] = defaultdict(int)
-        for name, reason in self.left_out.items():
-            groups[name if by_site else starred(name), reason] += 1
-        for (kind, reason), count in groups.items():
-            table.add_row(kind, str(count), reason)
-        return table
-
-    def table(self, by_site: bool = False) -> Table:
-        """A rich table by kind of layer, or with `by_site` one row a weight."""
-        share = f"k at {self.threshold:g}"
-        table = Table(title=f"{self.title}: {len(self.sites)} linear sites", title_justify="left")
-        for heading, right in [("weight", False), ("sites", True), ("(out, in)", True), ("form", False), (share, True)]:
-            table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
-        for heading in ("k / n", "trainable", "parameters"):
-            table.add_column(heading, justify="right")
-        groups: dict[str, list[Site]] = defaultdict(list)
-        for site in self.sites:
-            groups[site.name if by_site else f"{site.kind} {site.full_shape}"].append(site)
-        for members in groups.values():
-            table.add_row(*self._cells(members, by_site))
-        table.add_section()
-        dense = sum(site.size for site in self.sites)
-        table.add_row("all", str(len(self.sites)), "", "", "", "", f"{self.trainable:,}", f"{dense:,}")
-        return table
-
-    def _cells(self, members: list[Site], by_site: bool) -> list[str]:
-        first, spectra = members[0], [self.spectrum(site.name) for site in members]
-        ks = [one.rank_at(self.threshold) for spectrum in spectra for one in spectrum.matrices]
-        full = min(first.shape)
-        span = f"{min(ks)}" if min(ks) == max(ks) else f"{min(ks)}–{max(ks)}"
-        return [
-            first.name if by_site else first.kind,
-            str(len(members)),
-            " x ".join(str(size) for size in first.full_shape),
-            first.form,
-            span,
-            f"{sum(ks) / len(ks) / full:.2f}",
-            f"{sum(_trainable(site, self.threshold) for site in members):,}",
-            f"{sum(site.size for site in members):,}",
-        ]
+        return tables.left_out_table(self.left_out, by_site)
 
     def plot(self, path: str | Path) -> None:
-        """Draw k against depth, a line for each kind of layer, to an image file (PNG, SVG, PDF by the name's ending)."""
-        from matplotlib.figure import Figure  # half a second to import, and only a plot needs it
+        """Draw k by depth, the cumulative curves and the budget to an image file (PNG, SVG, PDF by the name's ending)."""
+        plots.plot(path, self.title, self.sites, self.threshold, self.parameters)
 
-        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-        axes = figure.add_subplot()
-        ranks = self.ranks()
-        lines: dict[str, list[Site]] = defaultdict(list)
-        for site in self.sites:
-            lines[site.kind].append(site)
-        for index, (kind, members) in enumerate(lines.items()):
-            depths = [site.depth or 0 for site in members]
-            shares = [ranks[site.name] / min(site.shape) for site in members]
-            label = f"{_short(kind)}  n = {min(members[0].shape)}"
-            axes.plot(depths, shares, marker="osD^v<>Px*"[index % 10], markersize=4, linewidth=1.2, label=label)
-        axes.set_xlabel("layer")
-        axes.set_ylabel(f"k / n at threshold {self.threshold:g}")
-        axes.set_title(f"Threshold rank by depth: {self.title}", loc="left")
-        axes.set_ylim(bottom=0.0)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) <= 20:
-            axes.legend(fontsize=8, frameon=False, ncols=2)
-        try:
-            if Path(path).is_dir():  # matplotlib would write beside it, under its name with an ending
-                raise IsADirectoryError("it is a folder")
-            figure.savefig(path, dpi=140)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"The plot cannot be written to {path}: {error}. Name a .png in a folder that exists."
-            ) from error
+    def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:
+        """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, and the plan."""
+        return page.write(Path(folder), self._document(), self.sites, plan and plan.to_json(), command)
 
     def __str__(self) -> str:
         """The table as text."""
         parts = [self.table(), *([self.left_out_table()] if self.left_out else [])]
         return "\n".join(as_text(part) for part in parts)
 
-
-def as_text(table: Table, width: int = 130) -> str:
-    """A rich table as plain text."""
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table)
-    text: Callable[[], str] = console.file.getvalue  # type: ignore[attr-defined]  # a StringIO
-    return text().rstrip()
+    def _repr_html_(self) -> str:
+        return tables.html(self.title, self.threshold, self._rows, len(self.left_out))
 
 
-def _row(site: Site, spectrum: Spectrum) -> dict[str, Any]:
-    ranks = {f"{share:g}": spectrum.rank_at(share) for share in _SHOWN}
-    return {
-        "site": site.name,
-        "shape": list(site.full_shape),
-        "dtype": str(site.dtype).removeprefix("torch."),
-        "form": site.form,
-        "reason": site.reason,
-        "uses": len(site.uses),
-        "others": list(site.others),
-        "ranks": ranks,
-        "full_rank": spectrum.full_rank,
-        "numerical_rank": spectrum.numerical_rank,
-        "largest": float(spectrum.values.max()),
-        "sum": float(spectrum.values.sum()),
-    }
-
-
-def _trainable(site: Site, threshold: float) -> int:
-    assert site.spectrum is not None
-    ranks = [one.rank_at(threshold) for one in site.spectrum.matrices]
-    return trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape)
-
-
-def _short(kind: str) -> str:
-    parts = [part for part in kind.removesuffix(".weight").split(".") if part != "*"]
-    return ".".join(parts[-2:])
+_NESTED = ("ranks", "least_ranks")
