@@ -5,6 +5,7 @@ a rule, a glob or a plan that does not fit the model is too.
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sarac.ir.cache import switched
 from sarac.ir.processes import first, joined
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
-from sarac.terminal import Commands, busy, meter, show
+from sarac.terminal import Commands, busy, meter, show, width
 from sarac.trace import trace
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ def analyze(
     where: take.Where = None,
     sites: take.Sites = False,
     plot: take.Plot = None,
+    report: take.Report = None,
     specs: take.Specs = None,
     args: take.Args = None,
     factory: take.Factory = None,
@@ -79,7 +81,10 @@ def analyze(
         return
     if plot is not None:
         analysis.plot(plot)
-    show(as_json, analysis.to_json(), analysis.table(sites), *([analysis.left_out_table(sites)] if analysis.left_out else []))
+    if report is not None:
+        analysis.report(report, command=shlex.join(["sarac", *sys.argv[1:]]))
+    left = [analysis.left_out_table(sites)] if analysis.left_out else []
+    show(as_json, analysis.to_json(), analysis.table(sites, width()), *left)
 
 
 app.add_typer(plans.app, name="plan")

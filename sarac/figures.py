@@ -57,8 +57,8 @@ def row(site: Site, threshold: float, whole: Whole | None = None) -> Row:
         "sum": float(spectrum.values.sum()),
         "trainable": trainable(site, threshold),
         "parameters": site.size,
-        "how": getattr(spectrum, "how", "svd"),
-        "note": getattr(spectrum, "note", ""),
+        "how": spectrum.how,
+        "note": spectrum.note,
         **_seen(site.name, whole),
     }
 

@@ -15,9 +15,8 @@ _NAMED = 12  # kinds that have a colour and a name of their own; of more the lin
 _THIN = 8  # weights of a kind whose curves are drawn one by one; of more the median and the range
 _POINTS = 129
 _STEPS = [0.02, *(step / 25 for step in range(1, 26))]
-_COLOURS = (
-    "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #666666 #8c564b #b5a300 #1b4965 #e03131".split()  # Okabe and Ito's first
-)
+# Okabe and Ito's first
+_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #666666 #8c564b #b5a300 #1b4965 #e03131".split()
 _GREY, _INK = "#9aa0a6", "#c92a2a"
 
 
@@ -39,7 +38,8 @@ def plot(path: str | Path, title: str, sites: Sequence[Site], threshold: float, 
         draw_depth(depth, lines, colours, threshold)
         draw_curves(curves, lines, colours, threshold)
         draw_budget(cost, sites, threshold, parameters)
-        figure.suptitle(f"{title}: {len(sites)} linear weights of {len(lines)} kinds, threshold {key(threshold)}", x=0.01, ha="left")
+        head = f"{title}: {len(sites)} linear weights of {len(lines)} kinds, threshold {key(threshold)}"
+        figure.suptitle(head, x=0.01, ha="left")
         if named:
             handles = [curves.plot([], [], color=colours[kind], lw=3)[0] for kind in lines]
             labels = [f"{_short(kind)}  {' x '.join(str(n) for n in members[0].full_shape)}" for kind, members in lines.items()]
@@ -89,7 +89,9 @@ def draw_curves(axes: Any, lines: Mapping[str, Sequence[Site]], colours: Mapping
         axes.plot(at, drawn.T, color=colours[kind], lw=width, alpha=strength)
     axes.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":", alpha=0.6)
     axes.axhline(threshold, color=_INK, lw=1, ls="--")
-    axes.annotate(f"threshold {key(threshold)}", (1, threshold), (0, -4), textcoords="offset points", color=_INK, ha="right", va="top")
+    axes.annotate(
+        f"threshold {key(threshold)}", (1, threshold), (0, -4), textcoords="offset points", color=_INK, ha="right", va="top"
+    )
     axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="k / n", ylabel="share of the sum of the singular values")
     many = any(len(members) > _THIN for members in lines.values())
     axes.set_title("Cumulative curves" + (" (median and range of a kind)" if few and many else ""))
@@ -133,9 +135,7 @@ def _save(figure: Any, path: str | Path) -> None:
             raise IsADirectoryError("it is a folder")
         figure.savefig(path, dpi=140)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The plot cannot be written to {path}: {error}. Name a .png in a folder that exists."
-        ) from error
+        raise CheckpointError(f"The plot cannot be written to {path}: {error}. Name a .png in a folder that exists.") from error
 
 
 def _short(kind: str) -> str:

@@ -82,7 +82,7 @@ class Analysis:
     def to_frame(self) -> Any:
         """A pandas.DataFrame with a row a weight, its ranks in columns of their own; InputError without pandas."""
         try:
-            from pandas import DataFrame  # no dependency: where it is, a notebook has loaded it already
+            from pandas import DataFrame  # type: ignore[import-untyped]  # no dependency: where it is, a notebook has loaded it already
         except ImportError as error:
             raise InputError("A frame needs pandas, which is not installed: pip install pandas, or take rows().") from error
         flat = [{**one, **{f"k at {share}": rank for share, rank in one["ranks"].items()}} for one in self._rows]
@@ -102,7 +102,7 @@ class Analysis:
 
     def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:
         """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, and the plan."""
-        return page.write(Path(folder), self._document(), self.sites, plan and plan.to_json(), command)
+        return page.write(Path(folder), self._document(), self.sites, plan.to_json() if plan else None, command)
 
     def __str__(self) -> str:
         """The table as text."""

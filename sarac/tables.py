@@ -4,7 +4,7 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from os.path import commonprefix
+from itertools import takewhile
 from typing import NamedTuple
 
 from rich import box
@@ -148,6 +148,11 @@ def _equal(names: Sequence[str]) -> tuple[str, str]:
     """What all names begin and end with, whole parts between dots."""
     if len(names) < 2:
         return "", ""
-    head = commonprefix(names)
-    tail = commonprefix([name[::-1] for name in names])[::-1]
+    head = _same(names)
+    tail = _same([name[::-1] for name in names])[::-1]
     return head[: head.rfind(".") + 1], tail[tail.find(".") :] if "." in tail else ""
+
+
+def _same(words: Sequence[str]) -> str:
+    """The letters that all words begin with."""
+    return "".join(first for first, *_ in takewhile(lambda each: len(set(each)) == 1, zip(*words, strict=False)))

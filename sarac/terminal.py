@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -44,13 +44,17 @@ def show(as_json: bool, document: str, *parts: RenderableType) -> None:
     if as_json:
         typer.echo(document)
         return
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=_UNSEEN_WIDTH)
+    console = Console(width=width())
     for part in parts:
         if isinstance(part, Table):
             _fit(part, console)
         console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
+
+
+def width() -> int:
+    """How wide what goes to stdout may be."""
+    console = Console()
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else _UNSEEN_WIDTH
 
 
 @contextmanager
@@ -58,7 +62,7 @@ def meter(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """A function to call at every step with a word on it: a bar on a terminal, else a line at every tenth of the way."""
     if _ERR.is_terminal and first():
         words = TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True))
-        columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), words)
+        columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), words)
         with Progress(*columns, console=_ERR, transient=True, expand=True) as progress:
             task = progress.add_task(title, total=total, note="")
             yield lambda note: progress.update(task, advance=1, note=note)

@@ -62,7 +62,11 @@ MAY_IMPORT = {
     "trace": "ir.* capture known regions",
     "recipe": "ir.*",
     "checkpoint": "ir.*",
-    "report": "ir.*",
+    "figures": "ir.*",
+    "tables": "ir.* figures",
+    "plots": "ir.* figures",
+    "page": "ir.* figures",
+    "report": "ir.* figures tables plots page",
     "text": "ir.*",
     "planning": "ir.* passes.* trace checkpoint text",
     "shelf": "ir.* checkpoint",
@@ -281,7 +285,7 @@ def wheel_faults(root: Path, work: Path) -> list[str]:
         f"{folders[package]}/{path.relative_to(root / folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in (root / folder).rglob("*.py")
-    } | {"sarac/py.typed", "sarac/plan.schema.json"}
+    } | {"sarac/py.typed", "sarac/plan.schema.json", "sarac/page.html"}
     return [f"{name} should not be in it" for name in there - wanted] + [f"{name} is missing" for name in wanted - there]
 
 

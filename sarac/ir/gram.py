@@ -31,7 +31,7 @@ class Wanted:
 
 
 UNIT = torch.finfo(torch.float64).eps / 2.0  # the unit roundoff
-_SMALL = 2048  # up to here a CPU's SVD takes one thread: where cores are shared a second one makes it five times slower
+_SMALL = 2048  # up to here torch takes one CPU thread: others that wait for work take the cores from numpy's, and from theirs
 _BLOCK = 2**24  # numbers that are turned into float64 at a time
 _BATCH = 2**22  # numbers in one batch of Gram matrices
 
@@ -53,8 +53,12 @@ def spectra(weights: Sequence[Tensor], names: Sequence[str], keep: Keep = None) 
     for weight, name in zip(weights, names, strict=True):
         _require_usable(weight, name)
     step = max(1, _BATCH // min(weights[0].shape) ** 2) if weights else 1
-    batches = [placed(weights[start : start + step]) for start in range(0, len(weights), step)]
-    return [found for batch in batches for found in _decomposed(batch, keep)]
+    found: list[Spectrum] = []
+    for start in range(0, len(weights), step):
+        batch = placed(weights[start : start + step])
+        with _one_thread(batch[0]):
+            found += _decomposed(batch, keep)
+    return found
 
 
 def factors(
