@@ -1,6 +1,9 @@
 """The analysis that people look at: its table, its JSON and its plot say what the model is."""
 
 import json
+import math
+import sys
+import types
 from pathlib import Path
 
 import matplotlib.image
@@ -63,12 +66,13 @@ def test_json_says_every_site_and_every_reason() -> None:
 @pytest.mark.parametrize("by_site", [False, True])
 def test_table_adds_up(by_site: bool) -> None:
     analysis = sarac.analyze(llama())
-    rows = cells(as_text(analysis.table(by_site)))
+    rows = cells(as_text(analysis.table(by_site, width=400), width=400))
     *body, total = rows
     sizes = sum(site.shape[0] * site.shape[1] for site in analysis.sites)
     assert total[0] == "all"
-    assert [total[1], total[-2], total[-1]] == [str(len(analysis.sites)), f"{analysis.trainable:,}", f"{sizes:,}"]
-    for column in (1, -2, -1):
+    assert total[-2:] == [f"{analysis.trainable:,}", f"{sizes:,}"]
+    assert by_site or total[1] == str(len(analysis.sites))
+    for column in (-2, -1) if by_site else (1, -2, -1):
         assert sum(int(row[column].replace(",", "")) for row in body) == int(total[column].replace(",", ""))
     assert len(body) == (len(analysis.sites) if by_site else 7)
 
@@ -77,8 +81,9 @@ def test_table_tells_kinds_and_spans() -> None:
     model = mlp(4, 4, 4)
     model[0].weight.data = torch.eye(4)
     model[2].weight.data = torch.diag(torch.tensor([9.0, 1.0, 1e-3, 1e-3]))
-    (row, *_) = cells(str(sarac.analyze(nn.ModuleDict({"block": nn.ModuleList([model[0], model[2]])}))))
-    assert row[:6] == ["block.*.weight", "2", "4 x 4", "call", "1–3", "0.50"]
+    analysis = sarac.analyze(nn.ModuleDict({"block": nn.ModuleList([model[0], model[2]])}))
+    row = cells(as_text(analysis.table(width=400), width=400))[0]
+    assert row[:8] == ["block.*.weight", "2", "4 x 4", "call", "1–2", "1–3", "1–4", "0.50"]
 
 
 def test_text_is_the_table() -> None:
@@ -155,3 +160,90 @@ def test_plot_that_cannot_be_written_is_told(name: str, tmp_path: Path) -> None:
         sarac.analyze(nn.Linear(4, 4)).plot(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
     assert not tmp_path.with_suffix(".png").exists()
+
+
+def test_every_view_has_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = sarac.analyze(llama(), threshold=0.5)
+    rows, document = analysis.rows(), json.loads(analysis.to_json())
+    assert document["sites"] == json.loads(json.dumps(rows))
+    framed = cells(as_text(analysis.table(by_site=True, width=400), width=400))[:-1]
+    shown = [(row["site"], *(str(k) for k in row["ranks"].values()), f"{row['trainable']:,}") for row in rows]
+    assert [(line[0], *line[3:7], line[-2]) for line in framed] == shown
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    frame = analysis.to_frame()
+    assert [(one["site"], *(str(one[f"k at {t}"]) for t in row["ranks"])) for one, row in zip(frame, rows, strict=True)] == [
+        line[:-1] for line in shown
+    ]
+    notebook = analysis._repr_html_()
+    for kind in document["kinds"]:
+        assert f"<td>{kind['weight']}</td>" in notebook
+        assert f"<td>{kind['trainable']:,}</td>" in notebook
+    assert sarac.analyze(llama(), threshold=0.6).rows() != rows
+
+
+def test_frame_without_pandas_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(sarac.InputError, match="pip install pandas"):
+        sarac.analyze(mlp(4, 4)).to_frame()
+
+
+def test_names_are_escaped_in_a_notebook() -> None:
+    shown = sarac.analyze(nn.ModuleDict({"<b>&": nn.Linear(4, 4)}))._repr_html_()
+    assert "&lt;b&gt;&amp;.weight" in shown
+    assert "<b>&" not in shown
+
+
+def test_decay_and_condition_are_what_can_be_worked_out() -> None:
+    model = nn.ModuleDict({str(i): nn.Linear(4, 4, bias=False) for i in range(4)})
+    for layer, values in zip(model.values(), [[8.0, 4.0, 2.0, 1.0], [3.0] * 4, [5.0, 1.0, 0.0, 0.0], [0.0] * 4], strict=True):
+        layer.weight.data = torch.diag(torch.tensor(values))
+    rows = sarac.analyze(model).rows()
+    assert [row["condition"] for row in rows] == [pytest.approx(8.0), pytest.approx(1.0), None, None]
+    decays = [row["decay"] for row in rows]
+    assert decays == [pytest.approx(math.log10(8)), pytest.approx(0, abs=1e-9), pytest.approx(math.log10(5)), 0.0]
+    assert "∞" in str(sarac.analyze(model))
+
+
+def test_what_needed_a_true_svd_is_said() -> None:
+    model = mlp(50, 64)
+    model[0].weight.data = torch.eye(64, 50)
+    analysis = sarac.analyze(model, threshold=0.5)
+    (row,) = analysis.rows()
+    assert (row["how"], row["note"]) == ("svd", "k at 0.5 lies within the error of the values")
+    assert "1 of the weights by SVD: k at 0.5 lies within the error" in str(analysis)
+    assert "SVD" not in str(sarac.analyze(mlp(50, 64)))
+
+
+@pytest.mark.parametrize("by_site", [False, True])
+def test_table_fits_a_narrow_terminal(by_site: bool) -> None:
+    analysis = sarac.analyze(llama())
+    for width in (80, 130):
+        lines = as_text(analysis.table(by_site, width=width), width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        for row in analysis.rows():
+            name = row["site"] if by_site else row["kind"]
+            assert any(name.removeprefix("model.layers.").removesuffix(".weight").lstrip("*.") in line for line in lines), name
+
+
+class Many(nn.Module):
+    """A stack of experts, a weight of zeros, a number, and many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 6, 5))
+        self.zero, self.one = nn.Linear(4, 4, bias=False), nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.zero.weight)
+        self.kinds = nn.ModuleDict({f"kind{i}": nn.Linear(3, 2 + i % 3) for i in range(30)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ebi,eoi->ebo", x, self.experts)
+
+
+@pytest.mark.parametrize("where", ["*", "experts", "zero.*", "one.*"])
+def test_picture_of_anything_can_be_drawn(where: str, tmp_path: Path) -> None:
+    analysis = sarac.analyze(Many(), where=where)
+    analysis.plot(tmp_path / "k.png")
+    picture = matplotlib.image.imread(tmp_path / "k.png")
+    assert picture.shape[1] > 2 * picture.shape[0]
+    assert picture[..., :3].std() > 0.02
+    assert analysis.report(tmp_path).stat().st_size > 10_000
