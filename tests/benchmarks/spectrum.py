@@ -219,7 +219,9 @@ def watched(*words: str) -> tuple[str, int]:
     """What a command prints, and its peak memory in bytes."""
     code = f"import resource, sys; from sarac.cli import app; app({list(words)!r}, standalone_mode=False); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return done.stdout, int(done.stderr.split()[-1]) * 1024
 
 
@@ -246,10 +248,11 @@ def main() -> None:
         "seven": lambda: seven(given.device, given.layers),
         "folder": lambda: folder(given.device, given.layers),
     }
-    results = {part: ways[part]() for part in given.parts}
-    for part, rows in results.items():
-        if rows:
-            Console(width=220).print(table(rows, part))
+    results: dict[str, Rows] = {}
+    for part in given.parts:
+        results[part] = ways[part]()
+        if results[part]:
+            Console(width=220).print(table(results[part], part))
     if given.out and int(os.environ.get("RANK", 0)) == 0:
         about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu"}
         given.out.write_text(json.dumps({**about, **results}, indent=1))
