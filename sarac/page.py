@@ -1,69 +1,76 @@
-"""The report: one HTML page that needs no network and works from a file, with the figures of an analysis and its curves."""
+"""The report of an analysis: one page that needs no network, with all it shows inside it."""
 
 import json
 import os
 import platform
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sarac.figures import curve, grid, points_each, ranks_on
+from sarac.figures import curve, grid, points_each, ranks_on, remarks, spectrum_of
 from sarac.ir.errors import CheckpointError
 from sarac.ir.graph import Site
+from sarac.ir.methods import build, trainable_count
 from sarac.ir.record import __version__
 
 _PLACE = "{{data}}"
 
 
-def write(folder: Path, document: dict[str, Any], sites: Sequence[Site], plan: str | None, command: str) -> Path:
-    """Write folder/index.html, aside first; CheckpointError where that cannot be."""
-    template = (files("sarac") / "page.html").read_text(encoding="utf-8")
-    text = template.replace(_PLACE, embedded(data(document, sites, plan, command)))
-    path = folder / "index.html"
-    aside = folder / f".index-{os.getpid()}.html"
+def write(folder: Path, document: Mapping[str, Any], sites: Sequence[Site], plan: str | None, command: str) -> Path:
+    """Write folder/index.html, whole or not at all, and return its path; CheckpointError where that cannot be."""
+    text = page(document, sites, plan, command)
+    made = folder / "index.html"
+    aside = folder / f".index.html.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"The report cannot be written to {path}: {error.strerror}. Name another folder.") from error
-    finally:
-        if folder.is_dir():
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(made)
+        finally:
             aside.unlink(missing_ok=True)
-    return path
+    except OSError as error:
+        raise CheckpointError(
+            f"The report cannot be written to {made}: {error.strerror}. Name a folder that can be made and written in."
+        ) from error
+    return made
 
 
-def data(document: dict[str, Any], sites: Sequence[Site], plan: str | None, command: str) -> dict[str, Any]:
-    """All that the page shows: the document, every site's exact ranks at a grid of thresholds, and its curves."""
-    thresholds, points = grid(sites, document["threshold"]), points_each(sites)
-    about = {"sarac": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {
-        **document,
-        "grid": thresholds,
-        "steps": [_steps(site, thresholds) for site in sites],
-        "curves": [_curve(site, points) for site in sites],
+def page(document: Mapping[str, Any], sites: Sequence[Site], plan: str | None, command: str) -> str:
+    """The page's HTML for an analysis's JSON document, its sites and a plan's JSON text."""
+    steps = grid(sites, document["threshold"])
+    points = points_each(sites)
+    rows = [{**row, **_on_grid(site, steps), **_drawn(site, points)} for row, site in zip(document["sites"], sites, strict=True)]
+    for row, site in zip(rows, sites, strict=True):  # the ranks on the grid may have needed a true SVD
+        row |= {"how": spectrum_of(site).how, "note": spectrum_of(site).note}
+    data = {
+        **{name: document[name] for name in ("title", "threshold", "parameters", "skipped")},
+        "remarks": remarks(rows),
+        "steps": steps,
+        "at": {str(site.spectrum.full_rank): curve(site, points)[0] for site in sites if site.spectrum},
+        "sites": rows,
         "plan": plan,
         "command": command,
-        "versions": about,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "versions": {"sarac": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    # No "<" at all, so that no name can end the script element or open a comment in it.
+    inside = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return files("sarac").joinpath("page.html").read_text(encoding="utf-8").replace(_PLACE, inside)
 
 
-def embedded(content: Any) -> str:
-    """JSON that may stand in a script element: no name in it can end that element or open a comment."""
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+def _on_grid(site: Site, steps: Sequence[float]) -> dict[str, Any]:
+    """The largest rank at every step; the smallest and the mean as well of a stack, and what trains where that is not k."""
+    found = ranks_on(site, steps)
+    most = [max(ranks) for ranks in found]
+    trains = [trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape) for ranks in found]
+    more = {"least": [min(ranks) for ranks in found], "mean": [round(sum(ranks) / len(ranks), 2) for ranks in found]}
+    return {"ks": most, **(more if site.parts else {}), **({"trains": trains} if trains != most else {})}
 
 
-def _steps(site: Site, thresholds: Sequence[float]) -> list[Any]:
-    """k at each threshold; of a stack [smallest, largest, sum]."""
-    found = ranks_on(site, thresholds)
-    return [[min(ranks), max(ranks), sum(ranks)] for ranks in found] if site.parts else [ranks[0] for ranks in found]
-
-
-def _curve(site: Site, points: int) -> dict[str, list[Any]]:
-    ks, shares, values = curve(site, points)
-    return {"k": ks, "share": [float(f"{x:.5g}") for x in shares], "value": [float(f"{x:.4g}") for x in values]}
+def _drawn(site: Site, points: int) -> dict[str, Any]:
+    _, shares, values = curve(site, points)
+    return {"shares": [round(share, 5) for share in shares], "values": [float(f"{value:.4g}") for value in values]}

@@ -20,8 +20,8 @@ _COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #666666 #8c5
 _GREY, _INK = "#9aa0a6", "#c92a2a"
 
 
-def plot(path: str | Path, title: str, sites: Sequence[Site], threshold: float, parameters: int) -> None:
-    """Draw the picture to a file; CheckpointError where that cannot be."""
+def plot(path: str | Path | None, title: str, sites: Sequence[Site], threshold: float, parameters: int) -> Any:
+    """The picture as a matplotlib Figure, drawn to a file too where one is named; CheckpointError where that cannot be."""
     from matplotlib import rc_context  # half a second to import, and only a plot needs it
     from matplotlib.figure import Figure
 
@@ -44,7 +44,9 @@ def plot(path: str | Path, title: str, sites: Sequence[Site], threshold: float, 
             handles = [curves.plot([], [], color=colours[kind], lw=3)[0] for kind in lines]
             labels = [f"{_short(kind)}  {' x '.join(str(n) for n in members[0].full_shape)}" for kind, members in lines.items()]
             figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
-        _save(figure, path)
+        if path is not None:
+            _save(figure, path)
+        return figure
 
 
 def draw_depth(axes: Any, lines: Mapping[str, Sequence[Site]], colours: Mapping[str, str], threshold: float) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from sarac import page, plots, tables
-from sarac.figures import Row, kinds, remarks, row, trainable
+from sarac.figures import Row, kinds, remarks, row, spectrum_of, trainable
 from sarac.ir.errors import InputError, SpectrumError, TraceError, near
 from sarac.ir.graph import ModelGraph, Site, Whole
+from sarac.ir.methods import build
 from sarac.ir.plan import Plan
 from sarac.ir.spectrum import Spectrum
 from sarac.tables import as_text
@@ -96,13 +97,24 @@ class Analysis:
         """A rich table of what is left out and why, by kind of weight, or with `by_site` one row a weight."""
         return tables.left_out_table(self.left_out, by_site)
 
-    def plot(self, path: str | Path) -> None:
-        """Draw k by depth, the cumulative curves and the budget to an image file (PNG, SVG, PDF by the name's ending)."""
-        plots.plot(path, self.title, self.sites, self.threshold, self.parameters)
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw k by depth, the cumulative curves and the budget: to an image file (PNG, SVG, PDF by its ending), as a Figure."""
+        return plots.plot(path, self.title, self.sites, self.threshold, self.parameters)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of SARA's singular values at the threshold, for all measured weights but those of zeros."""
+        sites = [site for site in self.sites if not spectrum_of(site).is_zero]
+        ranks = {site.name: [one.rank_at(self.threshold) for one in spectrum_of(site).matrices] for site in sites}
+        adapters = {site.name: build("sara", ranks[site.name] if site.parts else ranks[site.name][0], {}) for site in sites}
+        siblings = self.whole.groups(adapters) if self.whole else ()
+        return Plan(
+            adapters, f"threshold:{self.threshold:g}", shapes={site.name: site.full_shape for site in sites}, siblings=siblings
+        )
 
     def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:
-        """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, and the plan."""
-        return page.write(Path(folder), self._document(), self.sites, plan.to_json() if plan else None, command)
+        """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, the plan (or another)."""
+        return page.write(Path(folder), self._document(), self.sites, (plan or self.plan).to_json(), command)
 
     def __str__(self) -> str:
         """The table as text."""

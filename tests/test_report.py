@@ -247,3 +247,19 @@ def test_picture_of_anything_can_be_drawn(where: str, tmp_path: Path) -> None:
     assert picture.shape[1] > 2 * picture.shape[0]
     assert picture[..., :3].std() > 0.02
     assert analysis.report(tmp_path).stat().st_size > 10_000
+
+
+def test_the_plan_of_an_analysis_is_that_of_its_threshold() -> None:
+    model = llama()
+    analysis = sarac.analyze(model, threshold=0.4)
+    assert analysis.plan.diff(sarac.plan(model, "threshold:0.4")) == {}
+    assert analysis.plan.diff(sarac.plan(model, "threshold:0.5"))
+    adapted = sarac.transform(model, sarac.Plan.from_json(analysis.plan.to_json()))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == analysis.trainable
+    assert "zero.weight" not in sarac.analyze(Many(), where="*").plan.sites
+
+
+def test_picture_without_a_file_is_a_figure() -> None:
+    figure = sarac.analyze(llama()).plot()
+    assert len(figure.axes) == 3
+    assert [axes.get_title(loc="left")[:4] for axes in figure.axes] == ["Rank", "Cumu", "Budg"]

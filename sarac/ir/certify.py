@@ -23,7 +23,7 @@ from sarac.ir.gram import UNIT, gram, placed, scale_of, stored_dtype, zero_floor
 from sarac.ir.spectrum import Spectrum
 
 Found = TypeVar("Found")
-SHARE, SIDE = 0.06, 1024  # up to which share, and from which smaller side on, this is the faster way
+SHARE, SIDE = 0.06, 2048  # up to which share, and from which smaller side on, this is the faster way
 _STEPS = (  # a x + b x³ + c x⁵, made for values in [1e-3, 1]
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
