@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,8 +74,12 @@ def kinds(rows: Iterable[Row], by_site: bool = False) -> list[Row]:
 
 def trainable(site: Site, threshold: float) -> int:
     """How many numbers SARA's singular values train on a weight at a threshold."""
-    ranks = [one.rank_at(threshold) for one in spectrum_of(site).matrices]
-    return trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape)
+    return sum(_numbers(one.rank_at(threshold), site.shape) for one in spectrum_of(site).matrices)
+
+
+@cache
+def _numbers(rank: int, shape: tuple[int, int]) -> int:
+    return trainable_count(build("sara", rank, {}), shape)
 
 
 def decay(spectrum: Spectrum) -> float:
@@ -126,7 +131,22 @@ def grid(sites: Sequence[Site], threshold: float) -> list[float]:
 
 def ranks_on(site: Site, thresholds: Sequence[float]) -> list[list[int]]:
     """The exact ranks of every matrix of a site at ascending thresholds, one list a threshold."""
-    return [[one.rank_at(share) for one in spectrum_of(site).matrices] for share in thresholds]
+    each = [_ranks_on(one, thresholds) for one in spectrum_of(site).matrices]
+    return [list(ranks) for ranks in zip(*each, strict=True)]
+
+
+def _ranks_on(spectrum: Spectrum, thresholds: Sequence[float]) -> list[int]:
+    """`rank_at` of many thresholds: one search, and the rule itself where a share comes near its threshold."""
+    shares, wanted = spectrum.shares(), torch.tensor(thresholds, dtype=torch.float64)
+    total = float(spectrum.values.sum())
+    unsure = 1e-9 + (4.0 * float(spectrum.errors.sum()) / total if spectrum.errors is not None and total > 0.0 else 0.0)
+    last = len(shares) - 1
+    found = torch.searchsorted(shares, wanted).clamp_max(last)
+    near = (shares[found] - wanted).abs().minimum((shares[(found - 1).clamp_min(0)] - wanted).abs()) <= unsure
+    ranks = (found + 1).tolist()
+    for index in torch.nonzero(near | (wanted == 1.0)).flatten().tolist():
+        ranks[index] = spectrum.rank_at(thresholds[index])
+    return ranks
 
 
 def budget(sites: Iterable[Site], thresholds: Sequence[float]) -> list[int]:
@@ -134,7 +154,7 @@ def budget(sites: Iterable[Site], thresholds: Sequence[float]) -> list[int]:
     counts = [0] * len(thresholds)
     for site in sites:
         for index, ranks in enumerate(ranks_on(site, thresholds)):
-            counts[index] += trainable_count(build("sara", ranks if site.parts else ranks[0], {}), site.shape)
+            counts[index] += sum(_numbers(rank, site.shape) for rank in ranks)
     return counts
 
 

@@ -113,7 +113,7 @@ class Analysis:
         )
 
     def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:
-        """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, the plan (or another)."""
+        """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, the plan or another."""
         return page.write(Path(folder), self._document(), self.sites, (plan or self.plan).to_json(), command)
 
     def __str__(self) -> str:

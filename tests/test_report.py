@@ -13,7 +13,7 @@ from torch import nn
 from zoo import Shared, TiedHead, bert, llama, mlp, require_untouched, snapshot, trainables
 
 import sarac
-from sarac import CheckpointError, PlanError, SpectrumError
+from sarac import CheckpointError, PlanError, SpectrumError, figures
 from sarac.ir.record import record_of
 from sarac.report import as_text
 
@@ -263,3 +263,13 @@ def test_picture_without_a_file_is_a_figure() -> None:
     figure = sarac.analyze(llama()).plot()
     assert len(figure.axes) == 3
     assert [axes.get_title(loc="left")[:4] for axes in figure.axes] == ["Rank", "Cumu", "Budg"]
+
+
+@pytest.mark.parametrize("values", [torch.ones(100), torch.zeros(4), 0.5 ** torch.arange(12.0), torch.rand(64), torch.eye(1)[0]])
+def test_ranks_on_a_grid_are_those_of_the_rule(values: torch.Tensor) -> None:
+    layer = nn.Linear(len(values), len(values), bias=False)
+    layer.weight.data = torch.diag(values)
+    (site,) = sarac.analyze(layer).sites
+    shares = sorted({*(step / 100 for step in range(1, 101)), 0.875, 1e-3})
+    assert figures.ranks_on(site, shares) == [[site.spectrum.rank_at(share)] for share in shares]
+    assert len(values) < 4 or not values.any() or figures.ranks_on(site, shares)[0] != figures.ranks_on(site, shares)[-1]
