@@ -32,6 +32,8 @@ WITHOUT_EFFECT = {"half of it zeros"}
 READ_OUTSIDE = {"kernel as a matrix"}  # by a module that owns no weight and so is no region
 SOME_ONLY = {"branching on numbers", "experts: chosen", "experts: token"}  # an input reaches a part of the weights
 SPELLINGS = [name for name, case in CASES.items() if not case.refused and name not in WITHOUT_EFFECT]
+# Factors take the way of the values but for what trains: a third of the spellings shows it.
+PAIRS = [(name, method) for i, name in enumerate(SPELLINGS) for method in METHODS if method != "factors" or i % 3 == 0]
 
 
 @dataclass
@@ -231,8 +233,7 @@ LAWS: list[Callable[..., None]] = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_spelling(name: str, method: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     case = Case(name, method)
     for law in LAWS:

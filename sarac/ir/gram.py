@@ -205,14 +205,21 @@ def _blocks(weight: Tensor, scale: float) -> Iterator[Tensor]:
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     step = max(1, _BLOCK // tall.shape[1])
     for start in range(0, tall.shape[0], step):
-        yield tall[start : start + step].double() * scale  # not in place: a float64 weight is its own
+        wide = tall[start : start + step].double()  # of a float64 weight the weight itself, which is not ours to change
+        yield wide * scale if tall.dtype == torch.float64 else wide.mul_(scale)
 
 
 def scale_of(weight: Tensor) -> float:
     """A power of two that brings the largest entry to about 1: squares then neither overflow nor vanish."""
-    wide = weight.float() if weight.dtype.itemsize == 1 else weight
-    largest = float(wide.abs().max())
+    largest = _largest(weight)
     return math.ldexp(1.0, -math.frexp(largest)[1]) if largest > 0.0 else 1.0
+
+
+def _largest(weight: Tensor) -> float:
+    """The largest size of an entry; NaN or Inf where there is one."""
+    wide = weight.detach().float() if weight.dtype.itemsize == 1 else weight.detach()
+    low, high = torch.aminmax(wide)  # one look at all values, and no copy of them; NaN wins
+    return float(torch.maximum(-low, high))
 
 
 def placed(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -248,7 +255,6 @@ def _require_usable(weight: Tensor, name: str) -> None:
         )
     if weight.ndim != 2 or weight.numel() == 0:
         raise SpectrumError(f"{name} has shape {tuple(weight.shape)}; a spectrum needs two dimensions and some values.")
-    wide = weight.detach().float() if weight.dtype.itemsize == 1 else weight
-    if not bool(torch.isfinite(wide).all()):
-        kind = "NaN" if bool(torch.isnan(wide).any()) else "Inf"
+    if not math.isfinite(_largest(weight)):
+        kind = "NaN" if bool(torch.isnan(weight.float()).any()) else "Inf"
         raise SpectrumError(f"{name} contains {kind}: it has no singular values. Mend the checkpoint, or leave it out.")
