@@ -137,7 +137,7 @@ def surgery(run: Run, model: Any, objective: Any, steps: int, out: Path) -> floa
     """Analyze, transform, fine-tune and save; returns the figure that the trained torch model reaches."""
     with run.stage("analyze"):
         analysis = sarac.analyze(model)
-        run.console.print(analysis.table())
+        run.console.print(analysis.table(width=run.console.width))
         analysis.plot(out / "ranks.png")
         run.say(f"k against depth: {out / 'ranks.png'}")
     with run.stage("transform"):
