@@ -16,7 +16,7 @@ import transformers
 from rich.table import Table
 from torch import nn
 
-from sarac.backends import onnx, runtime
+from sarac.backends import onnx, onnx_file, runtime
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError
@@ -140,7 +140,7 @@ def export(
             "comparisons": [asdict(row) for row in comparisons],
             "surviving_delta": {site: facts.surviving_delta for site, facts in graph.folded.items()},
         }
-        onnx.write_metadata(folder / target.name, {"sarac.verification": json.dumps(verification)})
+        onnx_file.write_metadata(folder / target.name, {"sarac.verification": json.dumps(verification)})
         placed = tuple(_place(file, target.parent / file.name) for file in reversed(files))
     return ExportReport(target, placed[::-1], merged, routed, comparisons, graph.folded, seconds)
 
@@ -149,7 +149,7 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
     """Hold an exported file against `model` again, at shapes that its capture did not see; CheckFailed if they differ."""
     target = Path(path)
     inputs, spec = _inputs(model, example_inputs)
-    metadata = onnx.read_metadata(target)
+    metadata = onnx_file.read_metadata(target)
     weights = adapted_weights(model)
     base = base_hashes(weights)["float32"] if weights else ""
     # A plain model may be this very one, folded: its outputs tell.

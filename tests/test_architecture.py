@@ -51,7 +51,11 @@ MAY_IMPORT = {
     "passes.rewrite": "ir.*",
     "passes.fold": "ir.*",
     "backends.runtime": "ir.*",
-    "backends.onnx": "ir.* backends.runtime",
+    "backends.onnx_file": "ir.*",
+    "backends.exporting": "ir.* backends.runtime",
+    "backends.lift": "ir.*",
+    "backends.tidy": "ir.* backends.lift",
+    "backends.onnx": "ir.* backends.exporting backends.lift backends.tidy",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
     "capture": "ir.*",
@@ -93,8 +97,11 @@ OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
     "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram ir.certify"),
     "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
-    "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.onnx"),
-    "ONNX": (r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b", "backends.onnx backends.runtime"),
+    "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
+    "ONNX": (
+        r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
+        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.tidy backends.runtime",
+    ),
 }
 
 TOP = "pyproject.toml sarac passes backends tests examples README.md Makefile LICENSE constraints.txt".split()
@@ -373,7 +380,7 @@ PLANTED = [
         "backends/onnx.py",
         "from sarac.passes import fold",
         "passes.fold",
-        "import sarac.backends.runtime",
+        "import sarac.backends.lift",
     ),
     (import_faults, "backends/peft.py", "import_module('sarac.surgery')", "surgery", "import_module('sarac.ir.plan')"),
     (

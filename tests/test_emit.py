@@ -13,7 +13,7 @@ from zoo import Own, adapt, close, differ, mlp, outputs, shake
 
 import sarac
 from sarac import CheckFailed, ExportError, InputError, NotFoldable, RewriteError
-from sarac.backends.onnx import matmul_count, node_counts, read_metadata
+from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata
 from sarac.backends.runtime import Session
 from sarac.ir import check
 from sarac.ir.inputs import Inputs, InputSpec
@@ -173,7 +173,7 @@ def test_interrupt_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sarac.backends.onnx.write_metadata", interrupt)
+    monkeypatch.setattr("sarac.backends.onnx_file.write_metadata", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sarac.export(trained(plain()), target, x())
     require_untouched(target)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo import VOCABULARY, Own, close, differ, mlp, outputs
 
 import sarac
-from sarac.backends.onnx import matmul_count, read_metadata
+from sarac.backends.onnx_file import matmul_count, read_metadata
 from sarac.backends.runtime import Session, paired
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check

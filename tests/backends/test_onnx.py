@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 from zoo import TiedHead, bert, close, differ, gpt2, ids, llama, mlp, outputs, require_untouched, snapshot
 
+from sarac.backends import exporting
 from sarac.backends import onnx as writer
-from sarac.backends.onnx import Onnx, matmul_count, node_counts, read_metadata, write_metadata
+from sarac.backends.onnx import Onnx
+from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata, write_metadata
 from sarac.backends.runtime import Session, dynamic_axes, paired, unseen_inputs
 from sarac.ir.errors import ExportError, InputError
 from sarac.ir.inputs import Inputs, InputSpec
@@ -257,7 +259,7 @@ def test_sizes_of_one_broadcast_and_stay(tmp_path: Path) -> None:
 
 def test_an_attempt_that_fails_leaves_no_marks_on_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs((), {"x": torch.randn(2, 3, 8), "scale": torch.rand(2, 1, 1)})
-    monkeypatch.setattr(writer, "_free", get_auto_dynamic_shapes)  # sizes of 1 too: torch fails to broadcast them
+    monkeypatch.setattr(exporting, "_free", get_auto_dynamic_shapes)  # sizes of 1 too: torch fails to broadcast them
     Onnx().write(Functional(), inputs, tmp_path / "m.onnx", {})
     assert read_metadata(tmp_path / "m.onnx")["sarac.shapes"].startswith("static: Functional cannot be exported to ONNX")
     assert Session(tmp_path / "m.onnx").shapes == {"x": (2, 3, 8), "scale": (2, 1, 1)}

@@ -1,0 +1,126 @@
+"""Capturing: a torch module as an ONNX graph, by transformers' own exporter where it is theirs, else by torch's."""
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir
+import torch
+import transformers
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+from torch.onnx import _flags
+from torch.utils import _pytree as pytree
+
+from sarac.backends.runtime import named_leaves
+from sarac.ir.errors import ExportError, InputError
+from sarac.ir.inputs import Inputs
+
+_ATTENTION = "_attn_implementation"  # of a transformers config
+_TRACEABLE = ("eager", "sdpa")  # its values that an exporter can follow
+
+
+def captured(model: nn.Module, inputs: Inputs, opset: int, dynamic: bool) -> onnx_ir.Model:
+    """The graph as it was captured, without any optimisation; ExportError where the model cannot be captured."""
+    found: Any
+    signature = inspect.signature(model.forward)
+    # Capturing marks the sizes of the very tensors it is given, also for the attempts that follow.
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (inputs.args, dict(inputs.kwargs)))
+    try:
+        if isinstance(model, transformers.PreTrainedModel):
+            # Two seconds to import: only who exports waits for it.
+            from transformers.exporters.configs import OnnxConfig
+            from transformers.exporters.exporter_onnx import OnnxExporter
+
+            given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+            config = OnnxConfig(dynamic=dynamic, opset_version=opset, optimize=False)
+            program: onnx_ir.Model = OnnxExporter().export(model, given, config).program  # type: ignore[no-untyped-call]
+            return program
+        found = torch.onnx.export(
+            model,
+            args if kwargs else (*args, {}),  # a dict in the last place would be taken for the keyword arguments
+            kwargs=kwargs,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=pytree.tree_map(_free, dict(signature.bind(*args, **kwargs).arguments)) if dynamic else None,
+            optimize=False,
+        )
+        return _named(found.model, inputs, model)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)} It was captured on ({inputs.describe()}): "
+            "look for Python that depends on tensor values, or for inputs beyond tensors, and export a module without."
+        ) from error
+
+
+@contextlib.contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """Exporters without prints and notices; the model in eval mode, without cache, gradients, untraceable attention."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    changes: list[tuple[Any, str, Any]] = [
+        *((module, "training", False) for module in model.modules()),
+        *((config, "use_cache", False) for config in configs if getattr(config, "use_cache", None)),
+        *((c, _ATTENTION, "sdpa") for c in configs if (getattr(c, _ATTENTION, None) or "sdpa") not in _TRACEABLE),
+        # Left on, sizes that the model fixes (a Linear's input) would stand in the graph as free ones.
+        (_flags, "PREFER_DEFERRED_RUNTIME_ASSERTS_OVER_GUARDS", False),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    own_forward, logged = "forward" in vars(model), logging.root.manager.disable
+    try:
+        logging.disable(max(logged, logging.ERROR))
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        void = io.StringIO()
+        with contextlib.redirect_stdout(void), contextlib.redirect_stderr(void), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        logging.disable(logged)
+        if not own_forward:  # transformers' exporter leaves the bound method there, and copies of the model would call it
+            vars(model).pop("forward", None)
+
+
+def two_rows(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs with a second row where all have one and the model takes two: a batch of 1 is captured as a constant."""
+    rows = {t.shape[0] for t in (*inputs.args, *inputs.kwargs.values()) if isinstance(t, Tensor) and t.dim()}
+    if rows == {1}:
+        wide = inputs.map(lambda t: t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t)
+        with contextlib.suppress(InputError):
+            wide.call(model)
+            return wide
+    inputs.call(model)
+    return inputs
+
+
+def _free(value: Any) -> dict[int, Any] | None:
+    """The free sizes of an input: all but those of 1, which broadcast."""
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes as auto
+
+    sizes = auto(value) if isinstance(value, Tensor) else None
+    return sizes and {axis: size for axis, size in sizes.items() if value.shape[axis] != 1}
+
+
+def _named(program: onnx_ir.Model, inputs: Inputs, model: nn.Module) -> onnx_ir.Model:
+    """The graph with its outputs called by their paths in what the model returns, as transformers' exporter does."""
+    names, taken = list(named_leaves(inputs.call(model))), [value.name for value in program.graph.inputs]
+    passes.OutputFixPass()(program)  # an output that is an input, or another output, gets a value of its own
+    outputs = [f"output.{name}" if name in taken else name for name in names]
+    ends = (*program.graph.inputs, *program.graph.outputs)
+    if len(ends) == len(taken) + len(outputs):
+        for value, name in zip(ends, (*taken, *outputs), strict=True):
+            value.name = name
+    return program
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error came from: the exporters wrap it in reports of many pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}."
