@@ -5,6 +5,7 @@ that a graph of three layers can be repeated with the weights of thirty, weights
 later fold finds the place of every tensor in the file.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import torch
 from onnx.reference import ReferenceEvaluator
 from onnx_ir import tensor_adapters
 from torch import Tensor
@@ -89,7 +89,7 @@ def worked_out(weight: Weight, values: Values) -> Any:
     node = onnx.helper.make_node(weight.operator, inputs, [f"y{i}" for i in range(weight.outputs)])
     node.attribute.extend(onnx.AttributeProto.FromString(attribute) for attribute in weight.attributes)
     evaluator = ReferenceEvaluator(node, opsets={"": weight.opset})
-    return evaluator.run(None, given)[weight.index]  # type: ignore[arg-type]
+    return list(evaluator.run(None, given))[weight.index]
 
 
 def lift(program: onnx_ir.Model, lifted: Mapping[str, Any]) -> dict[str, Weight]:
@@ -106,11 +106,13 @@ def lift(program: onnx_ir.Model, lifted: Mapping[str, Any]) -> dict[str, Weight]
 def cut(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
     """Cut off every node over weights and constants alone: what it makes becomes an input, and a weight in `weights`."""
     graph, opset = program.graph, program.opset_imports.get("", 20)
-    made: dict[onnx_ir.Value, Weight] = {v: weights[v.name] for v in graph.inputs if v.name in weights}  # type: ignore[index]
+    made: dict[onnx_ir.Value | None, Weight]
+    made = {value: weights[name] for value in graph.inputs if (name := str(value.name)) in weights}
+    there = {made[value]: value for value in graph.inputs if value in made}
     gone: set[onnx_ir.Node] = set()
     for node in graph:
         arguments = [None if v is None else made.get(v) or _fixed(v) for v in node.inputs]
-        if _plain(node) and any(v in made for v in node.inputs) and not _open(node, arguments) and not _doubles(node):
+        if _plain(node) and any(value in made for value in node.inputs) and not _open(node, arguments) and not _doubles(node):
             attributes = tuple(onnx_ir.to_proto(a).SerializeToString() for a in node.attributes.values())
             for i, output in enumerate(node.outputs):
                 made[output] = Made(node.op_type, attributes, tuple(arguments), len(node.outputs), i, opset)
@@ -118,9 +120,12 @@ def cut(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
     for node in gone:
         for output in node.outputs:
             if output.is_graph_output() or any(user not in gone for user, _ in output.uses()):
-                value = onnx_ir.Value(name=_called(made[output], weights), shape=output.shape, type=output.type)
-                weights[str(value.name)] = made[output]
-                graph.inputs.append(value)
+                value = there.get(made[output])
+                if value is None:
+                    value = onnx_ir.Value(name=_called(made[output], weights), shape=output.shape, type=output.type)
+                    there[made[output]] = value
+                    weights[str(value.name)] = made[output]
+                    graph.inputs.append(value)
                 onnx_ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
     for node in reversed([node for node in graph if node in gone]):
         graph.remove(node, safe=True)
@@ -153,7 +158,8 @@ def _lazy(value: onnx_ir.Value, weight: Weight, values: Values) -> onnx_ir.LazyT
             return tensor_adapters.TorchTensor(values(weight.name).detach().cpu().contiguous(), name=value.name)
         return onnx_ir.tensor(np.ascontiguousarray(worked_out(weight, values)), name=value.name)
 
-    assert value.dtype is not None and value.shape is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     return onnx_ir.LazyTensor(tensor, dtype=value.dtype, shape=value.shape, name=value.name)
 
 
@@ -185,9 +191,8 @@ def _fixed(value: onnx_ir.Value) -> Fixed | None:
 
 
 def _size(value: onnx_ir.Value) -> int | None:
-    if value.shape is None or not all(isinstance(size, int) for size in value.shape):
-        return None
-    return int(np.prod([int(size) for size in value.shape], dtype=np.int64))  # type: ignore[call-overload]
+    sizes = [size for size in value.shape or () if isinstance(size, int)]
+    return math.prod(sizes) if value.shape is not None and len(sizes) == len(value.shape) else None
 
 
 def _called(weight: Weight, taken: Mapping[str, Weight]) -> str:
@@ -197,9 +202,3 @@ def _called(weight: Weight, taken: Mapping[str, Weight]) -> str:
 
 def _bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
     return str(value.dtype), tuple(value.shape), value.tobytes()
-
-
-def torch_dtype(value: onnx_ir.Value) -> torch.dtype:
-    """The torch dtype of a graph's value."""
-    assert value.dtype is not None
-    return tensor_adapters.to_torch_dtype(value.dtype)

@@ -10,18 +10,22 @@ from torch import nn
 
 from sarac.backends.exporting import captured, exporting, two_rows
 from sarac.backends.lift import Weight, lift, settle
+from sarac.backends.stack import shortened, stack_of
+from sarac.backends.stamp import stamped
 from sarac.backends.tidy import finished, fused, tidied
 from sarac.ir.errors import ExportError
 from sarac.ir.inputs import Inputs
 
 LARGEST_FILE = 3 * 2**29  # bytes of weights in one file; a protobuf message ends at 2 GiB, and the graph needs room
+LAYERS = "sarac.layers"  # the metadata entry that says whether equal layers were optimised once and repeated
 SHAPES = "sarac.shapes"  # the metadata entry that says whether the shapes are dynamic, and if not why
 
 
 @dataclass(frozen=True)
 class Onnx:
     """The ONNX format: the operator set to write, whether sizes stay free where the model lets them, and for which provider
-    of ONNX Runtime the graph is fused ("" for none)."""
+    of ONNX Runtime the graph is fused ("" for none).
+    """
 
     opset: int = 20
     dynamic: bool = True
@@ -57,15 +61,34 @@ class Onnx:
             return self._tidied(model, inputs, dynamic=False), f"static: {error}"
 
     def _tidied(self, model: nn.Module, inputs: Inputs, dynamic: bool) -> onnx_ir.Model:
-        values = _tensors(model)
+        """The graph with every weight in place: from three layers where the model is a stack of equal ones, else whole."""
+        stack, values, layers = stack_of(model), _tensors(model), "whole: there are no equal layers"
+        if stack is not None:
+            try:
+                with shortened(model, stack):
+                    program, weights = self._optimised(model, inputs, dynamic)
+                    stamped(program, weights, stack)
+                program.metadata_props[LAYERS] = f"repeated: {stack.length} of {stack.name}"
+                return _settled(program, weights, values)
+            except Exception as error:  # noqa: BLE001 - whatever stands against it, the whole model can still be captured
+                layers = f"whole: {error}"
+        program, weights = self._optimised(model, inputs, dynamic)
+        program.metadata_props[LAYERS] = layers
+        return _settled(program, weights, values)
+
+    def _optimised(self, model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[onnx_ir.Model, dict[str, Weight]]:
         program = captured(model, inputs, self.opset, dynamic)
-        weights: dict[str, Weight] = lift(program, values)
+        weights = lift(program, _tensors(model))
         if self.fusions:
             fused(program, weights, self.fusions)
         tidied(program, weights)
-        settle(program, weights, values.__getitem__)
-        finished(program)
-        return program
+        return program, weights
+
+
+def _settled(program: onnx_ir.Model, weights: dict[str, Weight], values: Mapping[str, torch.Tensor]) -> onnx_ir.Model:
+    settle(program, weights, values.__getitem__)
+    finished(program)
+    return program
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -23,12 +23,13 @@ def tidied(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
         optimizer.fold_constants(program, onnx_shape_inference=True, should_fold=_quick)
         cut(program, weights)
         passes.RemoveUnusedNodesPass()(program)
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program)
+        passes.DeduplicateInitializersPass()(program)  # without it, what every layer works out of a constant stays in each
         passes.CommonSubexpressionEliminationPass()(program)
 
 
 def finished(program: onnx_ir.Model) -> None:
-    """Constants as initializers, names that are unique, sizes that are numbers, and no path of this machine."""
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program)
+    """Names that are unique, sizes that are numbers, and no path of this machine."""
     passes.OutputFixPass()(program)
     passes.NameFixPass()(program)
     passes.ClearMetadataAndDocStringPass()(program)
@@ -39,7 +40,7 @@ def finished(program: onnx_ir.Model) -> None:
 
 def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> None:
     """ONNX Runtime's own operators for `provider`, "cpu" or "cuda": transformers' rules, its packing on weights as symbols."""
-    from transformers.exporters import onnxruntime_fusions as fusions
+    from transformers.exporters import onnxruntime_fusions as fusions  # seconds to import: only who fuses waits
 
     passes.InlinePass()(program)
     optimizer.optimize_ir(program, should_fold=_quick)  # the form that the rules know
@@ -47,7 +48,7 @@ def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> 
     ours: dict[Any, Callable[[onnx_ir.Model], Any]] = {fusions._pack_sibling_matmuls: lambda model: packed(model, weights)}
     for step, providers in fusions._STEPS:
         if providers is None or provider in providers:
-            ours.get(step, step)(program)
+            ours.get(step, step)(program)  # type: ignore[no-untyped-call]
             cut(program, weights)
 
 
@@ -55,23 +56,22 @@ def packed(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
     """One product for those that read one input by weights `(in, out)` of one height: their weights joined, the output split."""
     graph = program.graph
     position = {node: index for index, node in enumerate(graph)}
-    sources = dict.fromkeys(node.inputs[0] for node in graph if node.op_type == "MatMul")
-    for source in sources:
-        siblings = sorted({u for u, i in source.uses() if i == 0 and _product(u, weights)}, key=position.__getitem__)  # type: ignore[union-attr]
-        if len(siblings) < 2 or len({(w.shape[0], w.dtype) for w in (s.inputs[1] for s in siblings)}) != 1:  # type: ignore[index, union-attr]
+    for source in dict.fromkeys(node.inputs[0] for node in graph if node.op_type == "MatMul"):
+        readers = {user for user, index in source.uses() if index == 0 and _product(user, weights)} if source else set()
+        siblings = sorted(readers, key=position.__getitem__)
+        matrices = [matrix for sibling in siblings if (matrix := sibling.inputs[1]) is not None]
+        shapes = [tuple(matrix.shape or ()) for matrix in matrices]
+        if source is None or len(siblings) < 2 or len({(m.dtype, s[0]) for m, s in zip(matrices, shapes, strict=True)}) != 1:
             continue
-        matrices = [sibling.inputs[1] for sibling in siblings]
-        widths = [int(matrix.shape[1]) for matrix in matrices]  # type: ignore[union-attr, index, arg-type]
         joined = onnx_ir.node("Concat", matrices, {"axis": 1})
-        joined.outputs[0].shape = onnx_ir.Shape([matrices[0].shape[0], sum(widths)])  # type: ignore[union-attr, index]
-        joined.outputs[0].dtype = matrices[0].dtype  # type: ignore[union-attr]
+        sizes = onnx_ir.node("Constant", [], {"value_ints": [int(str(shape[1])) for shape in shapes]})
         product = onnx_ir.node("MatMul", [source, joined.outputs[0]])
-        sizes = onnx_ir.node("Constant", [], {"value_ints": widths})
         split = onnx_ir.node("Split", [product.outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(siblings))
-        product.outputs[0].dtype = siblings[0].outputs[0].dtype
-        if source.shape is not None:  # type: ignore[union-attr]
-            product.outputs[0].shape = onnx_ir.Shape([*source.shape[:-1], sum(widths)])  # type: ignore[union-attr, index]
-        graph.insert_before(siblings[0], [joined, product, sizes, split])
+        total = sum(int(str(shape[1])) for shape in shapes)
+        joined.outputs[0].shape, joined.outputs[0].type = onnx_ir.Shape([shapes[0][0], total]), matrices[0].type
+        product.outputs[0].type = siblings[0].outputs[0].type
+        product.outputs[0].shape = source.shape and onnx_ir.Shape([*source.shape[:-1], total])
+        graph.insert_before(siblings[0], [joined, sizes, product, split])
         for sibling, part in zip(siblings, split.outputs, strict=True):
             part.shape, part.type = sibling.outputs[0].shape, sibling.outputs[0].type
             onnx_ir.convenience.replace_all_uses_with(sibling.outputs[0], part, replace_graph_outputs=True)

@@ -55,7 +55,9 @@ MAY_IMPORT = {
     "backends.exporting": "ir.* backends.runtime",
     "backends.lift": "ir.*",
     "backends.tidy": "ir.* backends.lift",
-    "backends.onnx": "ir.* backends.exporting backends.lift backends.tidy",
+    "backends.stack": "",
+    "backends.stamp": "backends.lift backends.stack",
+    "backends.onnx": "ir.* backends.exporting backends.lift backends.stack backends.stamp backends.tidy",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
     "capture": "ir.*",
@@ -100,7 +102,7 @@ OWNED = {
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
-        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.tidy backends.runtime",
+        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.runtime",
     ),
 }
 

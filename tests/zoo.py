@@ -206,24 +206,24 @@ def ids(rows: int = 2, columns: int = 5) -> Tensor:
     return torch.randint(0, VOCABULARY, (rows, columns))
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def bert() -> nn.Module:
+def bert(layers: int = 2) -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2
     )
     return transformers.BertModel(config).eval()
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 2) -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1
+        vocab_size=VOCABULARY, n_embd=16, n_layer=layers, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1
     )
     return transformers.GPT2LMHeadModel(config).eval()
 
