@@ -216,9 +216,9 @@ def folder(device: str, layers: int) -> Rows:
 
 
 def watched(*words: str) -> tuple[str, int]:
-    """What a command prints, and its peak memory in bytes."""
-    code = f"import resource, sys; from sarac.cli import app; app({list(words)!r}, standalone_mode=False); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    """What a command prints, and its peak memory in bytes: of its own pages, ru_maxrss would begin with this process's."""
+    code = f"import sys; from sarac.cli import app; app({list(words)!r}, standalone_mode=False); "
+    code += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
