@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +18,20 @@ from torch.onnx import _flags
 from torch.utils import _pytree as pytree
 
 from sarac.backends.runtime import named_leaves
-from sarac.ir.errors import ExportError, InputError
+from sarac.ir.errors import ExportError, InputError, near
 from sarac.ir.inputs import Inputs
 
+Sizes = dict[str, Any]  # by input, what stays free by axis
+_SIZES = re.compile(r"(\w+)\[([^\]]*)\]")
 _ATTENTION = "_attn_implementation"  # of a transformers config
 _TRACEABLE = ("eager", "sdpa")  # its values that an exporter can follow
 
 
-def captured(model: nn.Module, inputs: Inputs, opset: int, dynamic: bool) -> onnx_ir.Model:
-    """The graph as it was captured, without any optimisation; ExportError where the model cannot be captured."""
+def captured(model: nn.Module, inputs: Inputs, opset: int, free: Sizes | None) -> onnx_ir.Model:
+    """The graph as it was captured, without any optimisation; ExportError where the model cannot be captured.
+
+    `free`: the sizes that stay free by input and axis; empty for all that can, None for none.
+    """
     found: Any
     signature = inspect.signature(model.forward)
     # Capturing marks the sizes of the very tensors it is given, also for the attempts that follow.
@@ -37,16 +43,18 @@ def captured(model: nn.Module, inputs: Inputs, opset: int, dynamic: bool) -> onn
             from transformers.exporters.exporter_onnx import OnnxExporter
 
             given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-            config = OnnxConfig(dynamic=dynamic, opset_version=opset, optimize=False)
+            shapes = free or None
+            config = OnnxConfig(dynamic=free is not None, dynamic_shapes=shapes, opset_version=opset, optimize=False)
             program: onnx_ir.Model = OnnxExporter().export(model, given, config).program  # type: ignore[no-untyped-call]
             return program
+        bound = dict(signature.bind(*args, **kwargs).arguments)
         found = torch.onnx.export(
             model,
             args if kwargs else (*args, {}),  # a dict in the last place would be taken for the keyword arguments
             kwargs=kwargs,
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes=pytree.tree_map(_free, dict(signature.bind(*args, **kwargs).arguments)) if dynamic else None,
+            dynamic_shapes=free or (free if free is None else pytree.tree_map(_free, bound)),
             optimize=False,
         )
         return _named(found.model, inputs, model)
@@ -55,6 +63,23 @@ def captured(model: nn.Module, inputs: Inputs, opset: int, dynamic: bool) -> onn
             f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)} It was captured on ({inputs.describe()}): "
             "look for Python that depends on tensor values, or for inputs beyond tensors, and export a module without."
         ) from error
+
+
+def named_sizes(text: str, model: nn.Module, inputs: Inputs) -> Sizes:
+    """Free sizes from text such as "x[batch,length,8] mask[batch,length]": words are free, and equal ones are one size."""
+    bound = dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
+    given = {name: sizes.split(",") for name, sizes in _SIZES.findall(text)}
+    if not given or _SIZES.sub("", text).strip(" ,;"):
+        raise ExportError(f'dynamic={text!r} is not understood: write "auto", "static", or sizes as in "x[batch,length,8]".')
+    sizes: Sizes = {}
+    for name, value in bound.items():
+        axes = [word.strip() for word in given.pop(name, [])]
+        if axes and (not isinstance(value, Tensor) or len(axes) != value.dim()):
+            raise ExportError(f"dynamic names {len(axes)} sizes of {name}, which is {getattr(value, 'shape', type(value))}.")
+        sizes[name] = {axis: torch.export.Dim(word) for axis, word in enumerate(axes) if not word.isdigit()} or None
+    if given:
+        raise ExportError(f"dynamic names {next(iter(given))!r}, which is no input. {near(next(iter(given)), bound)}")
+    return sizes
 
 
 @contextlib.contextmanager
@@ -84,6 +109,37 @@ def exporting(model: nn.Module) -> Iterator[None]:
         logging.disable(logged)
         if not own_forward:  # transformers' exporter leaves the bound method there, and copies of the model would call it
             vars(model).pop("forward", None)
+
+
+@contextlib.contextmanager
+def typed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """The model with floating weights in `dtype`; buffers that no file holds (tables of frequencies) keep theirs."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, Tensor] = {}
+    try:
+        for name, module in model.named_modules() if dtype is not None else ():
+            kept = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+            for table, entries in ((module._parameters, dict(module._parameters)), (module._buffers, kept)):
+                for key, value in entries.items():
+                    if value is not None and value.is_floating_point() and value.dtype != dtype:
+                        before.append((table, key, value))
+                        cast = made[id(value)] if id(value) in made else _cast(f"{name}.{key}".strip("."), value, dtype)
+                        made[id(value)] = table[key] = cast
+        yield
+    finally:
+        for table, key, value in reversed(before):
+            table[key] = value
+
+
+def _cast(name: str, tensor: Tensor, dtype: Any) -> Tensor:
+    """A weight in another dtype; ExportError where that does not hold its values."""
+    cast = tensor.detach().to(dtype)
+    if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise ExportError(
+            f"{name} has values up to {float(tensor.detach().abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}: export in bf16 or fp32."
+        )
+    return nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
 
 
 def two_rows(model: nn.Module, inputs: Inputs) -> Inputs:

@@ -8,89 +8,111 @@ import onnx_ir
 import torch
 from torch import nn
 
-from sarac.backends.exporting import captured, exporting, two_rows
+from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, two_rows, typed
 from sarac.backends.lift import Weight, lift, settle
 from sarac.backends.stack import shortened, stack_of
 from sarac.backends.stamp import stamped
-from sarac.backends.tidy import finished, fused, tidied
+from sarac.backends.tidy import ROUNDS, finished, fused, tidied
 from sarac.ir.errors import ExportError
 from sarac.ir.inputs import Inputs
 
-LARGEST_FILE = 3 * 2**29  # bytes of weights in one file; a protobuf message ends at 2 GiB, and the graph needs room
+LARGEST_FILE = 600_000_000  # bytes of weights in one file: twice that is needed to write and to open it
+TOO_LARGE = 15 * 2**27  # a protobuf message ends at 2 GiB, and the graph needs room
 LAYERS = "sarac.layers"  # the metadata entry that says whether equal layers were optimised once and repeated
 SHAPES = "sarac.shapes"  # the metadata entry that says whether the shapes are dynamic, and if not why
 
 
 @dataclass(frozen=True)
 class Onnx:
-    """The ONNX format: the operator set to write, whether sizes stay free where the model lets them, and for which provider
-    of ONNX Runtime the graph is fused ("" for none).
+    """The ONNX format: what is written, and for whom.
+
+    `opset`: the operator set. `dynamic`: "auto" (sizes stay free where the model lets them), "static",
+    or the free ones by name, as in "x[batch,8]". `dtype`: of the weights in the
+    file; None for the model's own. `optimize`: "none", "basic" (constants, repetitions) or "ort" (operators that ONNX
+    Runtime alone knows, for `provider`). `external`: whether the weights lie in a file beside, "auto" for large ones.
     """
 
     opset: int = 20
-    dynamic: bool = True
-    fusions: str = ""
+    dynamic: str = "auto"
+    dtype: torch.dtype | None = None
+    optimize: str = "basic"
+    provider: str = "cpu"
+    external: str = "auto"
 
-    def write(self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str]) -> tuple[Path, ...]:
+    def write(
+        self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str], data: str = ""
+    ) -> tuple[Path, ...]:
         """Write `model` in eval mode and without a cache, captured on `inputs`; returns the files written.
 
-        The second file, `<name>.data`, holds the weights of a large model; the first names it, so the two can be moved
-        but not renamed. InputError where the model rejects the inputs, ExportError for whatever else goes wrong.
+        The second file, `data` or else `<name>.data`, holds the weights of a large model; the first names it, so the two can
+        be moved but not renamed. Weights are worked out and written one at a time. InputError where the model rejects the
+        inputs, ExportError for whatever else goes wrong.
         """
-        with exporting(model):
+        inputs = inputs.map(lambda t: t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t)
+        with exporting(model), typed(model, self.dtype):
             program, shapes = self._program(model, inputs, two_rows(model, inputs))
-        weights = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
+        size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
         program.metadata_props.update({SHAPES: shapes, **metadata})
-        data = path.with_name(f"{path.name}.data")
+        beside = self.external == "always" or (self.external == "auto" and size > LARGEST_FILE)
+        if size > TOO_LARGE and not beside:
+            raise ExportError(
+                f"{path.name} would hold {size / 1e9:.1f} GB of weights, and an ONNX file ends at 2 GB: let the weights lie "
+                'beside it (external_data="auto", or `--external-data auto`).'
+            )
+        weights = path.with_name(data or f"{path.name}.data")
         try:
-            onnx_ir.save(program, path, external_data=data.name if weights > LARGEST_FILE else None)
+            onnx_ir.save(program, path, external_data=weights.name if beside else None)
         except OSError as error:
             raise ExportError(
                 f"{path} cannot be written: {error.strerror or error}. Give a folder that exists, is yours and has "
-                f"{weights / 1e6:.0f} MB free."
+                f"{size / 1e6:.0f} MB free."
             ) from error
-        return (path, data) if weights > LARGEST_FILE else (path,)
+        return (path, weights) if beside else (path,)
 
     def _program(self, model: nn.Module, inputs: Inputs, wide: Inputs) -> tuple[onnx_ir.Model, str]:
         """The tidied graph, and how free its shapes are: "dynamic" or "static" with the reason."""
-        if not self.dynamic:
-            return self._tidied(model, inputs, dynamic=False), "static: as asked for"
+        if self.dynamic == "static":
+            return self._tidied(model, inputs, None), "static: as asked for"
+        if self.dynamic != "auto":
+            return self._tidied(model, wide, named_sizes(self.dynamic, model, wide)), f"dynamic: {self.dynamic}"
         try:
-            return self._tidied(model, wide, dynamic=True), "dynamic"
+            return self._tidied(model, wide, {}), "dynamic"
         except ExportError as error:
-            return self._tidied(model, inputs, dynamic=False), f"static: {error}"
+            return self._tidied(model, inputs, None), f"static: {error}"
 
-    def _tidied(self, model: nn.Module, inputs: Inputs, dynamic: bool) -> onnx_ir.Model:
+    def _tidied(self, model: nn.Module, inputs: Inputs, free: Sizes | None) -> onnx_ir.Model:
         """The graph with every weight in place: from three layers where the model is a stack of equal ones, else whole."""
-        stack, values, layers = stack_of(model), _tensors(model), "whole: there are no equal layers"
+        stack, tensors, layers = stack_of(model), _tensors(model), "whole: there are no equal layers"
         if stack is not None:
             try:
                 with shortened(model, stack):
-                    program, weights = self._optimised(model, inputs, dynamic)
+                    program, weights = self._optimised(model, inputs, free)
                     stamped(program, weights, stack)
-                program.metadata_props[LAYERS] = f"repeated: {stack.length} of {stack.name}"
-                return _settled(program, weights, values)
+                layers = f"repeated: {stack.length} of {stack.name}"
+                return _settled(program, weights, tensors, layers)
             except Exception as error:  # noqa: BLE001 - whatever stands against it, the whole model can still be captured
                 layers = f"whole: {error}"
-        program, weights = self._optimised(model, inputs, dynamic)
-        program.metadata_props[LAYERS] = layers
-        return _settled(program, weights, values)
+        return _settled(*self._optimised(model, inputs, free), tensors, layers)
 
-    def _optimised(self, model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[onnx_ir.Model, dict[str, Weight]]:
-        program = captured(model, inputs, self.opset, dynamic)
+    def _optimised(self, model: nn.Module, inputs: Inputs, free: Sizes | None) -> tuple[onnx_ir.Model, dict[str, Weight]]:
+        program = captured(model, inputs, self.opset, free)
         weights = lift(program, _tensors(model))
-        if self.fusions:
-            fused(program, weights, self.fusions)
-        tidied(program, weights)
+        if self.optimize == "ort":
+            fused(program, weights, self.provider)
+        tidied(program, weights, rounds=0 if self.optimize == "none" else ROUNDS)
         return program, weights
 
 
-def _settled(program: onnx_ir.Model, weights: dict[str, Weight], values: Mapping[str, torch.Tensor]) -> onnx_ir.Model:
-    settle(program, weights, values.__getitem__)
+def _settled(
+    program: onnx_ir.Model, weights: dict[str, Weight], tensors: Mapping[str, torch.Tensor], layers: str
+) -> onnx_ir.Model:
+    settle(program, weights, tensors.__getitem__)
     finished(program)
+    program.metadata_props[LAYERS] = layers
     return program
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a model by every name they have."""
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() and p.is_floating_point()}
+    """The parameters of a model, and the buffers that files hold, by every name they have."""
+    found = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
+    return {name: t for name, t in found.items() if isinstance(t, torch.Tensor) and t.dim() and t.is_floating_point()}

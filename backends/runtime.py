@@ -37,8 +37,9 @@ class Session:
     `session.disable_cpu_ep_fallback` (it refuses every graph with such a node) is no option for a dynamic graph.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu") -> None:
-        self.path, self.provider = Path(path), provider
+    def __init__(self, path: Path, provider: str = "cpu", floats: torch.dtype | None = None) -> None:
+        """`floats`: the dtype of floating inputs that are converted to what the graph takes; None converts none."""
+        self.path, self.provider, self.floats = Path(path), provider, floats
         if provider not in PROVIDERS:
             raise ExportError(f"There is no provider {provider!r}: give one of {', '.join(PROVIDERS)}.")
         if not self.path.is_file():
@@ -74,7 +75,7 @@ class Session:
         Values that are no tensors are constants in the graph. A tensor that the graph has no input for is left out
         with a warning; one that is missing, or has another dtype, is an InputError.
         """
-        named = dict(self._named(inputs))
+        named = {name: self._converted(name, tensor) for name, tensor in self._named(inputs)}
         missing = [name for name in self.shapes if name not in named]
         strangers = [name for name in named if name not in self.shapes]
         if missing:
@@ -98,6 +99,10 @@ class Session:
             f"{name}: {str(self.dtypes[name]).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
             for name, shape in self.shapes.items()
         )
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        wanted = self.dtypes.get(name, tensor.dtype)
+        return tensor.to(wanted) if tensor.dtype == self.floats and wanted.is_floating_point else tensor
 
     def _named(self, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         by_name = {}

@@ -12,14 +12,15 @@ from sarac.backends.lift import Weight, cut
 ROUNDS = 2  # what the first round removes lets the second fold more
 
 
-def tidied(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
-    """Constants folded, nodes over weights cut off, repetitions and leftovers removed.
+def tidied(program: onnx_ir.Model, weights: dict[str, Weight], rounds: int = ROUNDS) -> None:
+    """Constants folded, nodes over weights cut off, repetitions and leftovers removed; no rounds: the second alone.
 
     The exporters' optimiser builds an index of all nodes for every node, for a rule on slices, which takes longer than all
     the rest of an export. What its other rules gain, ONNX Runtime does itself when it loads.
     """
     passes.InlinePass()(program)
-    for _ in range(ROUNDS):
+    cut(program, weights)
+    for _ in range(rounds):
         optimizer.fold_constants(program, onnx_shape_inference=True, should_fold=_quick)
         cut(program, weights)
         passes.RemoveUnusedNodesPass()(program)
@@ -30,6 +31,7 @@ def tidied(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:
 
 def finished(program: onnx_ir.Model) -> None:
     """Names that are unique, sizes that are numbers, and no path of this machine."""
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program)
     passes.OutputFixPass()(program)
     passes.NameFixPass()(program)
     passes.ClearMetadataAndDocStringPass()(program)
@@ -50,6 +52,8 @@ def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> 
         if providers is None or provider in providers:
             ours.get(step, step)(program)  # type: ignore[no-untyped-call]
             cut(program, weights)
+    # The rules fuse these a second time after they undid them.
+    fusions._unfuse_mixed_dtype_skip_norms(program)
 
 
 def packed(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:

@@ -20,13 +20,14 @@ from sarac.ir.weight import Slot
 
 @dataclass(frozen=True)
 class Fold:
-    """Write every adapter into its weight: computed in `precision` from the stored base, rounded once.
+    """Write every adapter into its weight: computed in `precision` from the stored base, rounded once, to `dtype` or the base's.
 
     `partial` folds what folds and leaves routed modules as they are. `gates` are fixed gates of shape (sets,) by site
     name, which fold routed sites approximately. Without either a routed site raises NotFoldable.
     """
 
     precision: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     gates: Mapping[str, Tensor] | None = None
     partial: bool = False
     inplace: bool = False
@@ -77,7 +78,7 @@ class Fold:
         else:
             delta = slot.adapter.delta(tensors)
         delta, plain = slot.layout.stored(delta, base.shape), dense(base.detach())
-        rounded = (plain.to(wide) + delta).to(base.dtype).contiguous()
+        rounded = (plain.to(wide) + delta).to(self.dtype or base.dtype).contiguous()
         lost = rounded.double() - plain.double() - delta.double()
         onto = f"de-quantised {type(base).__name__}" if quantised(base) else "stored"
         facts = Folded(relative_norm(delta, plain), relative_norm(lost, delta) if float(delta.norm()) else 0.0, onto)

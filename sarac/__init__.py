@@ -1,7 +1,7 @@
 """sarac: model surgery for PyTorch. Threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
 
 import sarac.backends.peft  # noqa: F401  sarac.backends.peft.save and .load are part of the face
-from sarac.emit import ExportReport, export, verify
+from sarac.emit import export, verify
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import (
     CheckFailed,
@@ -22,6 +22,7 @@ from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
 from sarac.planning import plan
+from sarac.proof import ExportReport
 from sarac.shelf import adapters, use
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform

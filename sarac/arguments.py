@@ -40,6 +40,8 @@ _MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that
 _ADAPTER = "Which of the adapters in a model.pt. Default: the one that was live."
 _NO_CACHE = "Measure anew what was measured before, and keep nothing. The cache: sarac cache."
 _FORCE = "Load an adapter file onto another base than it was trained on."
+_DYNAMIC = 'Which sizes stay free: all that can, none, or by name as in "input_ids[batch,length]".'
+_OPTIMIZE = "Operators that ONNX Runtime alone knows (ort), folded constants (basic). Default: ort for cuda, else basic."
 _OPSET = "The ONNX operator set to write."
 
 
@@ -93,6 +95,12 @@ Calibration = Annotated[Path | None, typer.Option(metavar="FILE", exists=True, d
 Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help=_TOKENIZER)]
 Provider = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ONNX Runtime runs the file that is checked.")]
 Merge = Annotated[bool | None, typer.Option("--merge/--routed", help="Insist on merging all; or write all as subgraphs.")]
+Dtype = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the weights in the file; else the model's.")]
+Dynamic = Annotated[str, typer.Option(metavar="auto|static|SIZES", help=_DYNAMIC)]
+Optimize = Annotated[Literal["none", "basic", "ort"] | None, typer.Option(help=_OPTIMIZE)]
+External = Annotated[Literal["auto", "always", "never"], typer.Option(help="Whether the weights lie in a file beside.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Export and check three layers first: seconds.")]
+ReportFile = Annotated[Path | None, typer.Option("--report", metavar="FILE", dir_okay=False, help="What came out, as JSON.")]
 Opset = Annotated[int, typer.Option(help=_OPSET)]
 Threshold = Annotated[float, typer.Option(help="The share of the singular values' sum that k reaches, in (0, 1].")]
 Sites = Annotated[bool, typer.Option("--sites", help="A row for each weight, and the reason for each left out.")]

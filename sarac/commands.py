@@ -16,6 +16,7 @@ from sarac import emit, storage, surgery, text
 from sarac.backends import peft
 from sarac.ir.cache import store
 from sarac.ir.errors import CheckpointError
+from sarac.proof import ExportReport
 from sarac.shelf import use
 from sarac.terminal import busy, show
 
@@ -53,6 +54,12 @@ def export(
     onnx: take.OnnxFile,
     merge: take.Merge = None,
     opset: take.Opset = 20,
+    dtype: take.Dtype = None,
+    dynamic: take.Dynamic = "auto",
+    optimize: take.Optimize = None,
+    external_data: take.External = "auto",
+    smoke: take.Smoke = False,
+    report_file: take.ReportFile = None,
     specs: take.Specs = None,
     provider: take.Provider = "cpu",
     routing: take.Routing = None,
@@ -73,9 +80,13 @@ def export(
     if routing is not None:
         opened, report = _folded(opened, routing, calibration, tokenizer)
         merge, approximation = None, report.approximation
+    form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize}
+    form |= {"provider": provider, "external_data": external_data, "smoke": smoke}
     with busy("Exporting"):
-        written_file = emit.export(opened, onnx, spec, merge=merge, opset=opset, provider=provider)
+        written_file = emit.export(opened, onnx, spec, merge=merge, **form)
     document = {**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation}
+    if report_file is not None:
+        report_file.write_text(json.dumps(document, indent=1), encoding="utf-8")
     show(as_json, json.dumps(document), written_file.table(), _verdict(written_file, "written and verified"))
 
 
@@ -178,5 +189,5 @@ def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: 
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
-def _verdict(report: emit.ExportReport, what: str) -> str:
+def _verdict(report: ExportReport, what: str) -> str:
     return f"{report.path}: {what}; largest error {report.error:.2e} of the outputs' spread, {report.max_error:.2e} absolute."

@@ -1,107 +1,41 @@
 """Emitting: fold or route, write ONNX aside, hold it against torch at shapes it has not seen, then put it in place."""
 
-import copy
 import json
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.table import Table
 from torch import nn
 
 from sarac.backends import onnx, onnx_file, runtime
+from sarac.backends.stack import shortened, stack_of
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
-from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError
-from sarac.ir.graph import Folded, ModelGraph
+from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError, SaracWarning
+from sarac.ir.graph import ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
-from sarac.ir.layers import adapted, evaluating
+from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
-from sarac.surgery import disabled
+from sarac.proof import Comparison, ExportReport, compare
 from sarac.text import input_spec
 from sarac.trace import trace
 
 _OPSETS = range(18, 26)  # what the exporters underneath can write
-_UNTRAINED = "Its adapters are at their start, or too small for its dtype: train it first, or export the base model itself."
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One set of inputs: the ONNX model against the adapted torch model, and the merged torch model against it."""
-
-    inputs: str
-    onnx_error: float
-    onnx_max_error: float
-    merged_error: float
-    merged_max_error: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written and how it was held against torch; errors are rms over standard deviation, and largest absolute."""
-
-    path: Path
-    files: tuple[Path, ...]
-    merged: bool
-    routed: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
-    folded: Mapping[str, Folded] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def error(self) -> float:
-        """The largest relative error of the ONNX model against the adapted torch model."""
-        return max(comparison.onnx_error for comparison in self.comparisons)
-
-    @property
-    def max_error(self) -> float:
-        """The largest absolute error of the ONNX model against the adapted torch model."""
-        return max(comparison.onnx_max_error for comparison in self.comparisons)
-
-    @property
-    def surviving_delta(self) -> tuple[str, float]:
-        """The site whose delta lost the largest share to rounding, and that share; ("", 0) where nothing was folded."""
-        worst = max(self.folded, key=lambda site: self.folded[site].surviving_delta, default="")
-        return (worst, self.folded[worst].surviving_delta) if worst else ("", 0.0)
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        site, share = self.surviving_delta
-        return json.dumps(
-            {
-                "path": str(self.path),
-                "files": [str(file) for file in self.files],
-                "merged": self.merged,
-                "routed": list(self.routed),
-                "error": self.error,
-                "max_error": self.max_error,
-                "surviving_delta": {"worst_site": site, "lost": share},
-                "comparisons": [asdict(comparison) for comparison in self.comparisons],
-                "seconds": dict(self.seconds),
-            },
-            indent=1,
-        )
-
-    def table(self) -> Table:
-        """The comparisons as a rich table."""
-        kind = "merged" if self.merged else "adapters in the graph" if self.routed else "as it is"
-        table = Table(title=f"{self.path.name}: {kind}", title_justify="left")
-        table.add_column("inputs")
-        for heading in ("ONNX error", "largest", "merged error", "largest"):
-            table.add_column(heading, justify="right")
-        for row in self.comparisons:
-            figures = (row.onnx_error, row.onnx_max_error, row.merged_error, row.merged_max_error)
-            table.add_row(row.inputs, *(f"{figure:.2e}" for figure in figures))
-        return table
+_DTYPE = "sarac.dtype"  # the metadata entry with the dtype of the weights
+_BREAKING = 23  # ONNX Runtime up to 1.31 fails on its RotaryEmbedding
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPTIMIZE, EXTERNAL = ("none", "basic", "ort"), ("auto", "always", "never")
 
 
 def export(
@@ -112,37 +46,46 @@ def export(
     merge: bool | None = None,
     opset: int = 20,
     provider: str = "cpu",
+    dtype: str | None = None,
+    dynamic: str = "auto",
+    optimize: str | None = None,
+    external_data: str = "auto",
+    smoke: bool = False,
 ) -> ExportReport:
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
     `merge` True folds every adapter (NotFoldable where one is routed), False writes all adapters as subgraphs, None folds what
-    folds and routes the rest. Without example inputs the model's input spec serves.
+    folds and routes the rest. Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16" or "bf16", None
+    for the model's own; weights are folded in float32 and rounded once. `dynamic`: "auto", "static", or which sizes are free,
+    as in "input_ids[batch,length] mask[batch,length]". `optimize`: "none", "basic", or "ort" for the operators of ONNX
+    Runtime on `provider`, the default for "cuda". `smoke` exports and checks three layers first.
     """
-    target = Path(path)
-    if opset not in _OPSETS:
-        raise ExportError(
-            f"opset {opset} is not possible: it is one of {_OPSETS.start} to {_OPSETS.stop - 1}; 20 is the default."
-        )
+    target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
     inputs, spec = _inputs(model, example_inputs)
     started = time.perf_counter()
-    graph = _folded(model, merge)
+    graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
+    metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
     with _aside(target) as folder:
-        files = onnx.Onnx(opset).write(graph.module, inputs, folder / target.name, _metadata(model))
+        stack = stack_of(graph.module) if smoke else None
+        if stack is not None:
+            with shortened(model, stack), shortened(graph.module, stack):
+                form.write(graph.module, inputs, folder / "smoke.onnx", metadata)
+                _compared(model, graph.module, folder / "smoke.onnx", form, spec, inputs)
+        tried = time.perf_counter()
+        files = form.write(graph.module, inputs, folder / target.name, metadata, _free_data(target))
         exported = time.perf_counter()
-        session = runtime.Session(folder / target.name, provider)
-        comparisons = _compare(model, graph.module, session, spec, inputs)
-        del session
-        seconds = {"export": exported - started, "verify": time.perf_counter() - exported}
-        merged = plan is not None and not routed
+        comparisons = _compared(model, graph.module, folder / target.name, form, spec, inputs)
+        seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
         verification = {
             "merged": merged,
             "comparisons": [asdict(row) for row in comparisons],
             "surviving_delta": {site: facts.surviving_delta for site, facts in graph.folded.items()},
         }
         onnx_file.write_metadata(folder / target.name, {"sarac.verification": json.dumps(verification)})
-        placed = tuple(_place(file, target.parent / file.name) for file in reversed(files))
-    return ExportReport(target, placed[::-1], merged, routed, comparisons, graph.folded, seconds)
+        layers = onnx_file.read_metadata(folder / target.name)[onnx.LAYERS]
+        placed = _placed(files, target)
+    return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers)
 
 
 def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, provider: str = "cpu") -> ExportReport:
@@ -156,59 +99,57 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
     if weights and metadata.get("sarac.base", "") != base:
         raise CheckFailed(f"{target} was exported from another base than this model's. Export the model again.")
     started = time.perf_counter()
-    comparisons = _compare(model, model, runtime.Session(target, provider), spec, inputs)
+    form = onnx.Onnx(dtype=getattr(torch, metadata.get(_DTYPE, ""), None), provider=provider)
+    comparisons = _compared(model, model, target, form, spec, inputs)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
     return ExportReport(target, (target,), merged, (), comparisons, seconds=seconds)
 
 
-def _folded(model: nn.Module, merge: bool | None) -> ModelGraph:
+def _compared(
+    model: nn.Module, emitted: nn.Module, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
+) -> tuple[Comparison, ...]:
+    session = runtime.Session(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
+    return compare(model, emitted, session, spec, inputs, form.dtype)
+
+
+def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, provider: str, external: str) -> onnx.Onnx:
+    """The format asked for; ExportError for an option that does not exist or cannot be."""
+    if opset not in _OPSETS:
+        raise ExportError(
+            f"opset {opset} is not possible: it is one of {_OPSETS.start} to {_OPSETS.stop - 1}; 20 is the default."
+        )
+    if opset == _BREAKING:
+        warnings.warn(
+            "opset 23 has a RotaryEmbedding that ONNX Runtime up to 1.31 fails on: leave the default, 20, where you can.",
+            SaracWarning,
+            stacklevel=4,
+        )
+    choices = (
+        ("dtype", dtype, (None, *DTYPES)),
+        ("optimize", optimize, (None, *OPTIMIZE)),
+        ("external_data", external, EXTERNAL),
+    )
+    for name, given, known in choices:
+        if given not in known:
+            raise ExportError(f"{name}={given!r} is not known: give one of {', '.join(str(one) for one in known if one)}.")
+    if dtype == "bf16" and provider == "cpu":
+        raise ExportError(
+            "ONNX Runtime has no bfloat16 arithmetic on CPUs, so the file could not be checked here: export on the machine "
+            'that will serve it (provider="cuda"), or in fp16 or fp32.'
+        )
+    level = optimize or ("ort" if provider == "cuda" else "basic")
+    return onnx.Onnx(opset, dynamic, DTYPES[dtype] if dtype is not None else None, level, provider, external)
+
+
+def _folded(model: nn.Module, merge: bool | None, dtype: torch.dtype | None) -> ModelGraph:
     graph = ModelGraph(model, trace(model).sites, {})
     require_whole(model, "export")
     if record_of(model) is None:
         if merge is not None:
             raise RewriteError(f"{type(model).__name__} carries no adapters: there is nothing to merge. Leave `merge` out.")
         return graph
-    return graph if merge is False else run(graph, Fold(partial=merge is None), check=False)
-
-
-def _compare(
-    model: nn.Module, emitted: nn.Module, session: runtime.Session, spec: InputSpec, captured: Inputs
-) -> tuple[Comparison, ...]:
-    """The comparisons at unseen shapes, every one within its gate; CheckFailed at the first that is not."""
-    dtype = check.coarsest(model)
-    rows = []
-    with torch.no_grad(), evaluating(model), evaluating(emitted):
-        unseen = runtime.unseen_inputs(spec, session, captured, model=model)
-        references = _references(model, dtype, unseen) if emitted is not model else [None] * len(unseen)
-        for inputs, reference in zip(unseen, references, strict=True):
-            unmerged, merged = inputs.call(model), inputs.call(emitted)
-            check.require_finite(merged, "The torch model's output")
-            between = check.require_close(merged, unmerged, dtype, "The merged and the adapted torch model")
-            if reference is not None:
-                check.require_merge_keeps(merged, unmerged, reference, dtype)
-            ours, theirs = runtime.paired(session.run(inputs), unmerged)
-            check.require_finite(ours, "The ONNX model's output")
-            found = check.require_close(ours, theirs, dtype, "The ONNX model and the adapted torch model")
-            if record_of(model) is not None:
-                with disabled(model):
-                    check.require_different(
-                        ours, runtime.paired(ours, inputs.call(model))[1], "The outputs and the base's", _UNTRAINED
-                    )
-                    check.require_different(merged, inputs.call(model), "The merged model's outputs and the base's", _UNTRAINED)
-            errors = (found.error, found.max_error, between.error, between.max_error)
-            rows.append(Comparison(inputs.describe(), *errors))
-    return tuple(rows)
-
-
-def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) -> list[Any]:
-    """What the adapted model gives in the next wider dtype, by which a merge is judged; the wide copy is gone afterwards."""
-    if dtype == torch.float64 or not any(True for _ in adapted(model)):
-        return [None] * len(unseen)
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    wider = copy.deepcopy(model).to(wide)
-    widened = [inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor) for inputs in unseen]
-    return [inputs.call(wider) for inputs in widened]
+    return graph if merge is False else run(graph, Fold(dtype=dtype, partial=merge is None), check=False)
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:
@@ -226,14 +167,28 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:
     return kept.sample().to(device), kept
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
+def _metadata(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
     """What an exported file says of itself: the plan with its ranks, the base's hash, the versions."""
     versions = {"sarac": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     record, weights = record_of(model), adapted_weights(model)
-    entries = {"sarac.versions": json.dumps(versions)}
+    held = str(dtype or check.coarsest(model)).removeprefix("torch.")
+    entries = {"sarac.versions": json.dumps(versions), _DTYPE: held}
     if record is not None:
         entries |= {"sarac.plan": record.plan.to_json(), "sarac.base": base_hashes(weights)["float32"]}
     return entries
+
+
+def _data_of(target: Path) -> list[Path]:
+    """The files of weights beside exports of this name."""
+    name = re.compile(rf"{re.escape(target.name)}(\.\d+)?\.data")
+    return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name))
+
+
+def _free_data(target: Path) -> str:
+    """A name for the weights that no export has: the one that stands here is whole until the new one names its own."""
+    taken = {path.name for path in _data_of(target)}
+    names = (f"{target.name}{f'.{number}' if number else ''}.data" for number in range(len(taken) + 1))
+    return next(name for name in names if name not in taken)
 
 
 @contextmanager
@@ -251,8 +206,14 @@ def _aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place(file: Path, target: Path) -> Path:
+def _placed(files: tuple[Path, ...], target: Path) -> tuple[Path, ...]:
+    """Put the files in place, the one that names the others last; then what the export that stood here had beside it goes."""
+    places = tuple(target.parent / file.name for file in files)
     try:
-        return file.replace(target)
+        for file, place in reversed(list(zip(files, places, strict=True))):
+            file.replace(place)
+        for old in set(_data_of(target)) - set(places):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror}.") from error
+    return places

@@ -80,14 +80,15 @@ MAY_IMPORT = {
     "shards": "ir.*",
     "folders": "ir.* passes.* trace recipe report shards",
     "surgery": "ir.* passes.* trace recipe report planning storage folders",
-    "emit": "ir.* passes.* backends.* trace checkpoint surgery text",
+    "proof": "ir.* backends.* surgery",
+    "emit": "ir.* passes.* backends.* trace checkpoint proof surgery text",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
     "arguments": "ir.* planning recipe storage",
     "plans": "ir.* passes.* trace checkpoint planning terminal arguments",
     "convert": "ir.* backends.* checkpoint shelf storage",
-    "commands": "ir.* backends.* surgery shelf storage emit text terminal arguments convert",
+    "commands": "ir.* backends.* proof surgery shelf storage emit text terminal arguments convert",
     "cli": "ir.* passes.* folders trace checkpoint report surgery storage text finetune doctor terminal arguments commands plans",
 }
 THE_FACE = "sarac"  # its __init__ may import every row, and no row may import it
@@ -98,7 +99,7 @@ EMPTY = ("sarac.ir", "sarac.passes", "sarac.backends")  # packages whose __init_
 OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
     "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram ir.certify"),
-    "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture"),
+    "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture backends.exporting"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",

@@ -1,6 +1,9 @@
 """Export and verify: what fails a check leaves nothing, what is wrong gets a sentence, and a model stays as it was."""
 
+import copy
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,11 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import Own, adapt, close, differ, mlp, outputs, shake
+from zoo import Own, adapt, close, differ, llama, mlp, outputs, shake
 
 import sarac
 from sarac import CheckFailed, ExportError, InputError, NotFoldable, RewriteError
+from sarac.backends.onnx import Onnx
 from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata
 from sarac.backends.runtime import Session
 from sarac.ir import check
@@ -202,6 +206,128 @@ def test_weights_beside_the_file_are_put_in_place_with_it(fails: bool, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert [file.name for file in report.files] == ["m.onnx", "m.onnx.data"]
     assert sarac.verify(model, tmp_path / "m.onnx", x()).error <= check.gate(torch.float32)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_weights_of_the_old_export_stay_until_the_new_one_stands(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, path = trained(plain()), trained(plain()), tmp_path / "m.onnx"
+    sarac.export(first, path, x(), external_data="always")
+    if killed:
+        replace = Path.replace
+
+        def kill(file: Path, place: Path) -> Path:
+            if place == path:
+                raise KeyboardInterrupt
+            return replace(file, place)
+
+        monkeypatch.setattr(Path, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            sarac.export(second, path, x(), external_data="always")
+        monkeypatch.undo()
+        assert sarac.verify(first, path, x()).error <= check.gate(torch.float32)
+    sarac.export(second, path, x(), external_data="always")
+    assert len(list(tmp_path.iterdir())) == 2  # what was killed is gone too
+    assert sarac.verify(second, path, x()).error <= check.gate(torch.float32)
+    with pytest.raises(CheckFailed):
+        sarac.verify(first, path, x())
+
+
+# --- dtypes, sizes, optimisation ------------------------------------------------------------------------------------------
+
+
+def test_half_precision_is_rounded_once_and_held_to_its_own_gate(tmp_path: Path) -> None:
+    model = trained(plain())
+    report = sarac.export(model, tmp_path / "m.onnx", x(), dtype="fp16")
+    assert (report.dtype, report.merged) == ("float16", True)
+    assert check.gate(torch.float32) < report.error <= check.gate(torch.float16)
+    wanted = sarac.fold(model)[0].weight.half()
+    stored = {w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    held = next(torch.tensor(value) for value in stored.values() if value.shape in ((6, 8), (8, 6)))
+    assert torch.equal(held if held.shape == wanted.shape else held.T, wanted)
+    assert not torch.equal(wanted, model.state_dict()["0.weight"].half())
+    assert sarac.verify(model, tmp_path / "m.onnx", x()).error == report.error
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_folding_from_bfloat16_into_half_loses_nothing_between(tmp_path: Path) -> None:
+    model = trained(plain().bfloat16())
+    sarac.export(model, tmp_path / "m.onnx", x().bfloat16(), dtype="fp16")
+    folded = next(p for n, p in sarac.fold(copy.deepcopy(model).float()).named_parameters() if n == "0.weight")
+    stored = [onnx.numpy_helper.to_array(w) for w in onnx.load(tmp_path / "m.onnx").graph.initializer]
+    held = next(torch.tensor(value) for value in stored if value.shape in ((6, 8), (8, 6)))
+    held = held if held.shape == folded.shape else held.T
+    assert torch.equal(held, folded.half())
+    assert not torch.equal(held, folded.bfloat16().half())
+
+
+def test_values_that_a_dtype_does_not_hold_get_a_sentence(target: Path) -> None:
+    model = plain()
+    model[2].weight.data[0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"2\.weight has values up to 1e\+06, and float16 ends at 6\.55e\+04: export in bf16"):
+        sarac.export(model, target, x(), dtype="fp16")
+    require_untouched(target)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"dtype": "fp8"}, "dtype='fp8' is not known: give one of fp32, fp16, bf16"),
+        ({"dtype": "bf16"}, "no bfloat16 arithmetic on CPUs"),
+        ({"optimize": "all"}, "optimize='all' is not known"),
+        ({"external_data": "yes"}, "external_data='yes' is not known"),
+        ({"dynamic": "most"}, "dynamic='most' is not understood"),
+        ({"dynamic": "z[batch,6]"}, "dynamic names 'z', which is no input"),
+        ({"dynamic": "input[batch]"}, "dynamic names 1 sizes of input"),
+    ],
+)
+def test_options_that_do_not_exist_get_a_sentence(choice: dict[str, str], said: str, target: Path) -> None:
+    with pytest.raises(ExportError, match=re.escape(said)):
+        sarac.export(plain(), target, x(), **choice)
+    require_untouched(target)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "sizes"),
+    [("auto", (True, True)), ("static", (False, False)), ("input[n,l,6]", (True, True)), ("input[n,4,6]", (True, False))],
+)
+def test_the_sizes_that_stay_free(dynamic: str, sizes: tuple[bool, bool], tmp_path: Path) -> None:
+    sarac.export(mlp(6, 5), tmp_path / "m.onnx", torch.randn(3, 4, 6), dynamic=dynamic)
+    shape = Session(tmp_path / "m.onnx").shapes["input"]
+    assert tuple(isinstance(size, str) for size in shape) == (*sizes, False)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_levels_of_optimisation_give_other_graphs_and_the_same_numbers(provider: str, tmp_path: Path) -> None:
+    model, counts = llama(layers=5), {}
+    for level in ("none", "basic", "ort"):
+        form = Onnx(optimize=level, provider=provider)
+        inputs = Inputs((), {"input_ids": torch.arange(16).reshape(2, 8)})
+        form.write(model, inputs, tmp_path / f"{level}.onnx", {})
+        counts[level] = sum(node_counts(tmp_path / f"{level}.onnx").values())
+        close(Session(tmp_path / f"{level}.onnx").run(inputs)["logits"], inputs.call(model).logits)
+    assert counts["none"] > counts["basic"] > counts["ort"]
+
+
+def test_smoke_stops_before_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shake(sarac.transform(llama(layers=6))).eval()
+    report = sarac.export(model, tmp_path / "m.onnx", smoke=True)
+    assert report.seconds["smoke"] > 0
+    assert report.layers == "repeated: 6 of model.layers"
+    monkeypatch.setattr("sarac.emit.compare", lambda *_: (_ for _ in ()).throw(CheckFailed("of three layers")))
+    monkeypatch.setattr("sarac.emit._free_data", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(CheckFailed, match="of three layers"):
+        sarac.export(model, tmp_path / "other.onnx", smoke=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_an_opset_that_breaks_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(sarac.SaracWarning, match="opset 23 has a RotaryEmbedding"):
+        sarac.export(plain(), tmp_path / "m.onnx", x(), opset=23)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sarac.SaracWarning)
+        sarac.export(plain(), tmp_path / "m.onnx", x(), opset=22)
 
 
 # --- merging and routing --------------------------------------------------------------------------------------------------

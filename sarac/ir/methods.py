@@ -25,7 +25,8 @@ def build(method: str, rank: int | Sequence[int], chosen: Mapping[str, Any]) -> 
     known = options(method)
     wrong = next((name for name in chosen if name not in known), None)
     if wrong is not None:
-        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [*known, "min", "max", "multiple"])}")
+        shaping = ["min", "max", "multiple"]  # options of every rule
+        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [*known, *shaping])}")
     kinds = {known[name].name: _read(name, known[name], value) for name, value in chosen.items()}
     parts = () if isinstance(rank, int) else tuple(rank)
     return METHODS[method](rank=max(parts) if parts else rank, parts=parts, **kinds)  # type: ignore[arg-type]  # one or the other

@@ -244,7 +244,7 @@ def test_a_model_that_cannot_be_captured_dynamically_is_static_and_says_so(tmp_p
 
 
 def test_static_shapes_on_request(tmp_path: Path) -> None:
-    Onnx(dynamic=False).write(mlp(4, 3), Inputs((torch.randn(2, 4),)), tmp_path / "m.onnx", {})
+    Onnx(dynamic="static").write(mlp(4, 3), Inputs((torch.randn(2, 4),)), tmp_path / "m.onnx", {})
     session = Session(tmp_path / "m.onnx")
     assert session.shapes == {"input": (2, 4)}
     assert read_metadata(session.path)["sarac.shapes"] == "static: as asked for"

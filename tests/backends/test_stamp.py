@@ -111,13 +111,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("fusions", ["", "cuda"])
+@pytest.mark.parametrize("optimize", ["basic", "ort"])
 @pytest.mark.parametrize("name", MODELS)
-def test_repeated_or_whole_the_numbers_are_the_models(name: str, fusions: str, tmp_path: Path) -> None:
+def test_repeated_or_whole_the_numbers_are_the_models(name: str, optimize: str, tmp_path: Path) -> None:
     build, inputs, said = MODELS[name]
     torch.manual_seed(0)
     model = build().eval()
-    Onnx(fusions=fusions).write(model, inputs, tmp_path / "m.onnx", {})
+    Onnx(optimize=optimize, provider="cuda").write(model, inputs, tmp_path / "m.onnx", {})
     assert read_metadata(tmp_path / "m.onnx")[LAYERS].startswith(said)
     with torch.no_grad():
         found = Session(tmp_path / "m.onnx").run(inputs)
@@ -128,13 +128,15 @@ def test_repeated_or_whole_the_numbers_are_the_models(name: str, fusions: str, t
 
 
 @pytest.mark.parametrize("name", ["layers", "llama"])
-@pytest.mark.parametrize("fusions", ["", "cuda"])
-def test_repeating_gives_the_graph_of_the_whole(name: str, fusions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimize", ["basic", "ort"])
+def test_repeating_gives_the_graph_of_the_whole(
+    name: str, optimize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build, inputs, _ = MODELS[name]
     model = build().eval()
-    Onnx(fusions=fusions).write(model, inputs, tmp_path / "repeated.onnx", {})
+    Onnx(optimize=optimize, provider="cuda").write(model, inputs, tmp_path / "repeated.onnx", {})
     monkeypatch.setattr(writer, "stack_of", lambda _: None)
-    Onnx(fusions=fusions).write(model, inputs, tmp_path / "whole.onnx", {})
+    Onnx(optimize=optimize, provider="cuda").write(model, inputs, tmp_path / "whole.onnx", {})
     one, two = (onnx.load(tmp_path / f"{kind}.onnx").graph for kind in ("repeated", "whole"))
     assert node_counts(tmp_path / "repeated.onnx") == node_counts(tmp_path / "whole.onnx")
     large = [{i.name: i.raw_data for i in graph.initializer if len(i.raw_data) > 64} for graph in (one, two)]

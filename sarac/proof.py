@@ -1,0 +1,147 @@
+"""Proofs: an exported file held against torch at shapes that its capture did not see, and what came out of it."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from sarac.backends import runtime
+from sarac.backends.exporting import typed
+from sarac.ir import check
+from sarac.ir.graph import Folded
+from sarac.ir.inputs import Inputs, InputSpec
+from sarac.ir.layers import adapted, evaluating
+from sarac.ir.record import record_of
+from sarac.surgery import disabled
+
+_UNTRAINED = "Its adapters are at their start, or too small for its dtype: train it first, or export the base model itself."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One set of inputs: the ONNX model against the adapted torch model, and the merged torch model against it."""
+
+    inputs: str
+    onnx_error: float
+    onnx_max_error: float
+    merged_error: float
+    merged_max_error: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was held against torch; errors are rms over standard deviation, and largest absolute."""
+
+    path: Path
+    files: tuple[Path, ...]
+    merged: bool
+    routed: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    folded: Mapping[str, Folded] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
+    layers: str = ""
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of the ONNX model against the adapted torch model."""
+        return max(comparison.onnx_error for comparison in self.comparisons)
+
+    @property
+    def max_error(self) -> float:
+        """The largest absolute error of the ONNX model against the adapted torch model."""
+        return max(comparison.onnx_max_error for comparison in self.comparisons)
+
+    @property
+    def surviving_delta(self) -> tuple[str, float]:
+        """The site whose delta lost the largest share to rounding, and that share; ("", 0) where nothing was folded."""
+        worst = max(self.folded, key=lambda site: self.folded[site].surviving_delta, default="")
+        return (worst, self.folded[worst].surviving_delta) if worst else ("", 0.0)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        site, share = self.surviving_delta
+        return json.dumps(
+            {
+                "path": str(self.path),
+                "files": [str(file) for file in self.files],
+                "merged": self.merged,
+                "dtype": self.dtype,
+                "layers": self.layers,
+                "bytes": sum(file.stat().st_size for file in self.files if file.exists()),
+                "routed": list(self.routed),
+                "error": self.error,
+                "max_error": self.max_error,
+                "surviving_delta": {"worst_site": site, "lost": share},
+                "comparisons": [asdict(comparison) for comparison in self.comparisons],
+                "seconds": dict(self.seconds),
+            },
+            indent=1,
+        )
+
+    def table(self) -> Table:
+        """The comparisons as a rich table."""
+        kind = "merged" if self.merged else "adapters in the graph" if self.routed else "as it is"
+        table = Table(title=f"{self.path.name}: {kind}", title_justify="left")
+        table.add_column("inputs")
+        for heading in ("ONNX error", "largest", "merged error", "largest"):
+            table.add_column(heading, justify="right")
+        for row in self.comparisons:
+            figures = (row.onnx_error, row.onnx_max_error, row.merged_error, row.merged_max_error)
+            table.add_row(row.inputs, *(f"{figure:.2e}" for figure in figures))
+        return table
+
+
+def compare(
+    model: nn.Module,
+    emitted: nn.Module,
+    session: runtime.Session,
+    spec: InputSpec,
+    captured: Inputs,
+    dtype: torch.dtype | None = None,
+) -> tuple[Comparison, ...]:
+    """The comparisons at unseen shapes, every one within its gate; CheckFailed at the first that is not.
+
+    A file in another `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it,
+    and torch computes with them in the model's own.
+    """
+    own = check.coarsest(model)
+    wanted, rows = dtype or own, []
+    with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
+        unseen = runtime.unseen_inputs(spec, session, captured, model=model)
+        judged = emitted is not model and wanted == own
+        references = _references(model, own, unseen) if judged else [None] * len(unseen)
+        for inputs, reference in zip(unseen, references, strict=True):
+            unmerged, merged = inputs.call(model), inputs.call(emitted)
+            check.require_finite(merged, "The torch model's output")
+            between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model")
+            if reference is not None:
+                check.require_merge_keeps(merged, unmerged, reference, own)
+            ours, theirs = runtime.paired(session.run(inputs), unmerged)
+            check.require_finite(ours, "The ONNX model's output")
+            found = check.require_close(ours, theirs, wanted, "The ONNX model and the adapted torch model")
+            if record_of(model) is not None:
+                with disabled(model):
+                    check.require_different(
+                        ours, runtime.paired(ours, inputs.call(model))[1], "The outputs and the base's", _UNTRAINED
+                    )
+                    check.require_different(merged, inputs.call(model), "The merged model's outputs and the base's", _UNTRAINED)
+            errors = (found.error, found.max_error, between.error, between.max_error)
+            rows.append(Comparison(inputs.describe(), *errors))
+    return tuple(rows)
+
+
+def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) -> list[Any]:
+    """What the adapted model gives in the next wider dtype, by which a merge is judged; the wide copy is gone afterwards."""
+    if dtype == torch.float64 or not any(True for _ in adapted(model)):
+        return [None] * len(unseen)
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    wider = copy.deepcopy(model).to(wide)
+    widened = [inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor) for inputs in unseen]
+    return [inputs.call(wider) for inputs in widened]
