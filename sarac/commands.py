@@ -80,14 +80,13 @@ def export(
     if routing is not None:
         opened, report = _folded(opened, routing, calibration, tokenizer)
         merge, approximation = None, report.approximation
-    form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize}
-    form |= {"provider": provider, "external_data": external_data, "smoke": smoke}
+    form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
     with busy("Exporting"):
-        written_file = emit.export(opened, onnx, spec, merge=merge, **form)
-    document = {**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation}
+        written_file = emit.export(opened, onnx, spec, merge=merge, provider=provider, external_data=external_data, **form)
+    said = json.dumps({**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation})
     if report_file is not None:
-        report_file.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    show(as_json, json.dumps(document), written_file.table(), _verdict(written_file, "written and verified"))
+        report_file.write_text(said, encoding="utf-8")
+    show(as_json, said, written_file.table(), _verdict(written_file, "written and verified"))
 
 
 def verify(

@@ -54,11 +54,11 @@ def export(
 ) -> ExportReport:
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
-    `merge` True folds every adapter (NotFoldable where one is routed), False writes all adapters as subgraphs, None folds what
-    folds and routes the rest. Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16" or "bf16", None
-    for the model's own; weights are folded in float32 and rounded once. `dynamic`: "auto", "static", or which sizes are free,
-    as in "input_ids[batch,length] mask[batch,length]". `optimize`: "none", "basic", or "ort" for the operators of ONNX
-    Runtime on `provider`, the default for "cuda". `smoke` exports and checks three layers first.
+    `merge` True folds every adapter (NotFoldable where one is routed), False writes all as subgraphs, None folds what folds.
+    Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own; weights are
+    folded in float32 and rounded once. `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]".
+    `optimize`: "none", "basic", or "ort" for operators of ONNX Runtime on `provider`, the default for "cuda". `smoke`
+    exports and checks three layers first.
     """
     target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
     inputs, spec = _inputs(model, example_inputs)
@@ -67,8 +67,7 @@ def export(
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
     with _aside(target) as folder:
-        stack = stack_of(graph.module) if smoke else None
-        if stack is not None:
+        if smoke and (stack := stack_of(graph.module)) is not None:
             with shortened(model, stack), shortened(graph.module, stack):
                 form.write(graph.module, inputs, folder / "smoke.onnx", metadata)
                 _compared(model, graph.module, folder / "smoke.onnx", form, spec, inputs)
@@ -77,12 +76,9 @@ def export(
         exported = time.perf_counter()
         comparisons = _compared(model, graph.module, folder / target.name, form, spec, inputs)
         seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
-        verification = {
-            "merged": merged,
-            "comparisons": [asdict(row) for row in comparisons],
-            "surviving_delta": {site: facts.surviving_delta for site, facts in graph.folded.items()},
-        }
-        onnx_file.write_metadata(folder / target.name, {"sarac.verification": json.dumps(verification)})
+        surviving = {site: facts.surviving_delta for site, facts in graph.folded.items()}
+        checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
+        onnx_file.write_metadata(folder / target.name, {"sarac.verification": json.dumps(checked)})
         layers = onnx_file.read_metadata(folder / target.name)[onnx.LAYERS]
         placed = _placed(files, target)
     return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers)
