@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 from rich.table import Table
 
-from sarac.backends.runtime import providers
+from sarac.backends.providers import providers
 from sarac.ir.record import __version__
 
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")  # one program under two names: installed over each other, both break

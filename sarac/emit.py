@@ -16,7 +16,7 @@ import transformers
 from rich.table import Table
 from torch import nn
 
-from sarac.backends import onnx, onnx_file, runtime
+from sarac.backends import onnx, onnx_file, runtime, unseen
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError
@@ -179,9 +179,9 @@ def _compare(
     dtype = check.coarsest(model)
     rows = []
     with torch.no_grad(), evaluating(model), evaluating(emitted):
-        unseen = runtime.unseen_inputs(spec, session, captured, model=model)
-        references = _references(model, dtype, unseen) if emitted is not model else [None] * len(unseen)
-        for inputs, reference in zip(unseen, references, strict=True):
+        others = unseen.unseen_inputs(spec, session, captured, model=model)
+        references = _references(model, dtype, others) if emitted is not model else [None] * len(others)
+        for inputs, reference in zip(others, references, strict=True):
             unmerged, merged = inputs.call(model), inputs.call(emitted)
             check.require_finite(merged, "The torch model's output")
             between = check.require_close(merged, unmerged, dtype, "The merged and the adapted torch model")

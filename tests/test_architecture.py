@@ -50,7 +50,9 @@ MAY_IMPORT = {
     "passes.choose": "ir.*",
     "passes.rewrite": "ir.*",
     "passes.fold": "ir.*",
-    "backends.runtime": "ir.*",
+    "backends.providers": "",
+    "backends.runtime": "ir.* backends.providers",
+    "backends.unseen": "ir.* backends.runtime",
     "backends.onnx_file": "ir.*",
     "backends.exporting": "ir.* backends.runtime",
     "backends.lift": "ir.*",
@@ -102,7 +104,8 @@ OWNED = {
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
-        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.runtime",
+        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
+        "backends.runtime",
     ),
 }
 
