@@ -4,7 +4,12 @@ import contextlib
 import ctypes
 import functools
 import io
+import os
 import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +19,84 @@ import torch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-_QUIET = 4  # fatal alone: what goes wrong is raised, and would else stand on stderr as well
+_WARNING, _QUIET = 2, 4  # fatal alone: what goes wrong is raised, and would else stand on stderr as well
+
+
+@dataclass(frozen=True)
+class Start:
+    """A session on one provider and what ONNX Runtime logged meanwhile; or None, the reason why, and what to do, if known."""
+
+    session: Any
+    reason: str = ""
+    remedy: str = ""
+    log: str = ""
 
 
 def providers() -> dict[str, str]:
     """For every provider that this ONNX Runtime lists: "ok" where a session on it runs, else the reason why not."""
     tiny = '<ir_version: 10, opset_import: ["": 20]> tiny (float[1, 1] x) => (float[1, 1] y) { y = MatMul(x, x) }'
     model = onnx.parser.parse_model(tiny).SerializeToString()
-    return {name: started(model, name)[1] or "ok" for name in onnxruntime.get_available_providers()}
+    return {name: started(model, name).reason or "ok" for name in onnxruntime.get_available_providers()}
 
 
-def started(model: str | bytes, provider: str) -> tuple[Any, str]:
-    """A session on this very provider and "", or None and the reason why there is none."""
+def cuda_versions() -> dict[str, str | None]:
+    """The CUDA versions that meet on this machine: ONNX Runtime's and torch's, and the newest that the driver can run."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):  # no driver, or a library of that name which is none
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    driver = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
+    return {"onnxruntime": onnxruntime.cuda_version or None, "torch": torch.version.cuda, "driver": driver}
+
+
+def remedy() -> str:
+    """The one command that gives this ONNX Runtime its CUDA provider, or the libraries that the provider needs."""
+    if PROVIDERS["cuda"] in onnxruntime.get_available_providers():
+        return "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    name = onnxruntime.package_name
+    return f"pip uninstall -y {name} && pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def started(model: str | bytes, provider: str, options: Mapping[str, str] | None = None, threads: int | None = None) -> Start:
+    """A session on this very provider with its options, on `threads` CPU threads (as many as torch has)."""
+    if missing := unloadable(provider):
+        return Start(None, missing, f"What it needs comes with `{remedy()}`; `sarac doctor` shows what else is missing.")
+    settings, beside = onnxruntime.SessionOptions(), provider != PROVIDERS["cpu"]
+    settings.log_severity_level = _WARNING if beside else _QUIET  # a warning alone tells how many copies were put in
+    settings.intra_op_num_threads = threads or torch.get_num_threads()  # the cores that torch was given, and no more
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(beside)))
     try:
-        if missing := _unloadable(provider):
-            return None, missing
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _QUIET
-        options.intra_op_num_threads = torch.get_num_threads()  # the cores that torch was given, and no more
-        session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
+        with _logged() if beside else contextlib.nullcontext(io.BytesIO()) as log:
+            chosen = [(provider, dict(options or {}))]
+            session = onnxruntime.InferenceSession(model, settings, providers=chosen, enable_fallback=0)
+            log.seek(0)
+            said = log.read().decode(errors="replace")
     except Exception as error:  # noqa: BLE001 - the caller says it, as a sentence or as a line of a report
-        return None, reason(error)
+        return Start(None, reason(error))
     # Where a provider cannot start, ONNX Runtime takes the CPU instead and raises nothing.
     first = session.get_providers()[0]
-    return (session, "") if first == provider else (None, f"ONNX Runtime fell back to {first}.")
+    return Start(session, log=said) if first == provider else Start(None, f"ONNX Runtime fell back to {first}.")
 
 
-def _unloadable(provider: str) -> str:
-    """Why the provider's library cannot be loaded; "" if it can, or is built in."""
+def unloadable(provider: str) -> str:
+    """Why the provider's library cannot be loaded, by the name of what is missing; "" if it can, or is built in."""
     if provider not in onnxruntime.get_available_providers():
-        return f"this build of ONNX Runtime has no {provider}."
+        package, version = onnxruntime.package_name, onnxruntime.__version__
+        return f"this build of ONNX Runtime has no {provider} ({package} {version})."
     folder, short = Path(onnxruntime.__file__).parent / "capi", provider.removesuffix("ExecutionProvider").lower()
     try:
         for library in folder.glob(f"*_providers_{short}.*"):
             _preload()
             for path in (*folder.glob("*_providers_shared.*"), library):
                 ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return reason(error)
     return ""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, as a sentence."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
 
 
 @functools.cache
@@ -61,7 +105,15 @@ def _preload() -> None:
         onnxruntime.preload_dlls()
 
 
-def reason(error: Exception) -> str:
-    """The first line of what ONNX Runtime says, as a sentence."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+@contextlib.contextmanager
+def _logged() -> Iterator[Any]:
+    """A file that takes what is written to the process's standard error: ONNX Runtime logs past Python, and nowhere else."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a process may have none
+        sys.stderr.flush()
+    with tempfile.TemporaryFile() as file, contextlib.ExitStack() as after:
+        with contextlib.suppress(OSError):
+            kept = os.dup(2)
+            after.callback(os.close, kept)
+            after.callback(os.dup2, kept, 2)
+            os.dup2(file.fileno(), 2)
+        yield file

@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime: held to one provider, fed from torch inputs, their outputs paired with torch's."""
+"""ONNX files in ONNX Runtime: held to one provider, run on torch tensors without copies, outputs paired with torch's."""
 
 import re
 import warnings
@@ -6,57 +6,76 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from sarac.backends.providers import PROVIDERS, reason, started
+from sarac.backends.binding import Lane, Replay, bind, ports, taken
+from sarac.backends.placement import placement
+from sarac.backends.providers import PROVIDERS, Start, reason, started
 from sarac.ir.check import leaves
-from sarac.ir.errors import ExportError, InputError, near
+from sarac.ir.errors import ExportError, InputError, SaracWarning, near
 from sarac.ir.inputs import Inputs
 
 _CACHES = ("past_key_values", "past_buckets_states", "cache_params", "mems")  # what use_cache adds to the outputs
+_REMEDY = (
+    "`sarac doctor` lists what runs here and what is missing; export a damaged file again, or one in a dtype without kernels "
+    "there (bfloat16 on a CPU) in another."
+)
 
 
-class Session:
+class Runtime:
     """An ONNX file opened on one provider, "cpu" or "cuda"; ExportError if it cannot be opened there and nowhere else.
 
-    On CUDA, the arithmetic on shapes still runs on the CPU: ONNX Runtime places it there on purpose, which is why
-    `session.disable_cpu_ep_fallback` (it refuses every graph with such a node) is no option for a dynamic graph.
+    `runtime(*tensors, **tensors)` runs it. `cuda_graph` None captures one where it can be, True insists, False never does;
+    `threads` on the CPU are as many as torch has. A node that computes on the CPU beside CUDA draws a SaracWarning.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        *,
+        device_id: int = 0,
+        cuda_graph: bool | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.path, self.provider = Path(path), provider
         if provider not in PROVIDERS:
             raise ExportError(f"There is no provider {provider!r}: give one of {', '.join(PROVIDERS)}.")
         if not self.path.is_file():
             raise ExportError(f"There is no ONNX file at {path}: check the path.")
-        self._session, why = started(str(path), PROVIDERS[provider])
-        if self._session is None:
-            raise ExportError(
-                f"{path} cannot run on {provider}: {why} `sarac doctor` lists what runs here and what is missing; export a "
-                "damaged file again, or one in a dtype without kernels there (bfloat16 on a CPU) in another."
+        self._threads, self._options = threads, {"device_id": str(device_id)} if provider == "cuda" else {}
+        self.device = _device(device_id) if provider == "cuda" else torch.device("cpu")
+        self._lane = Lane(self.device)
+        start = self._start()
+        if start.session is None:
+            raise ExportError(f"{path} cannot run on {provider}: {start.reason} {start.remedy or _REMEDY}")
+        self._session, self.placement = start.session, placement(start, self.path)
+        self._inputs, self._outputs = ports(self._session, self.device)
+        self.shapes, self.dtypes = ({n: getattr(p, what) for n, p in self._inputs.items()} for what in ("shape", "dtype"))
+        self.outputs = tuple(self._outputs)
+        self._settings = self._run_options()
+        self._replay = self._captured(cuda_graph)
+        if str(self.placement):
+            warnings.warn(
+                f"{self.path.name} on {provider}: {self.placement}, and the device waits for each. Export it with `optimize` for "
+                f"{provider}, or without operators that have no kernel there.",
+                SaracWarning,
+                stacklevel=2,
             )
-        self.shapes: dict[str, tuple[int | str, ...]] = {
-            port.name: tuple(f"{port.name}.{axis}" if size is None else size for axis, size in enumerate(port.shape))
-            for port in self._session.get_inputs()
-        }
-        self.dtypes = {port.name: _dtype(port.type) for port in self._session.get_inputs()}
-        self.outputs = tuple(port.name for port in self._session.get_outputs())
+
+    def __call__(self, *args: Any, out: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """The outputs by name on the runtime's device, for tensors by position or by the graph's names.
+
+        Tensors that are contiguous and lie where the graph reads them are not copied. An output that `out` has a tensor
+        for is written into it; InputError where inputs or buffers do not fit the graph.
+        """
+        return self._launch(Inputs(args, kwargs), out or {})
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""
-        values = {name: _to_runtime(tensor.detach().cpu().contiguous()) for name, tensor in self.feed(inputs).items()}
-        try:
-            found = self._session.run_with_ort_values(list(self.outputs), values)
-        except Exception as error:
-            raise InputError(
-                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {reason(error)} It takes "
-                f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
-            ) from error
-        return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
+        return {name: tensor.cpu() for name, tensor in self._launch(inputs, {}).items()}
 
     def feed(self, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors of `inputs` by the names of the graph's inputs: keywords by name, arguments by position.
@@ -73,7 +92,7 @@ class Session:
                 f"{near(missing[0], strangers) if strangers else 'Its inputs are ' + self.describe() + '.'}"
             )
         if strangers:
-            warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=3)
+            warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=4)
         for name, shape in self.shapes.items():
             if named[name].dtype != self.dtypes[name] or named[name].dim() != len(shape):
                 raise InputError(
@@ -84,14 +103,114 @@ class Session:
 
     def describe(self) -> str:
         """The graph's inputs with their dtypes and shapes in one line; a size in letters is free."""
-        return ", ".join(
-            f"{name}: {str(self.dtypes[name]).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
-            for name, shape in self.shapes.items()
+        return ", ".join(map(str, self._inputs.values()))
+
+    def __repr__(self) -> str:
+        graph = " as a CUDA graph" if self._replay else ""
+        return f"<Runtime {self.path} on {self.provider}{graph}: {self.describe()} -> {', '.join(self.outputs)}>"
+
+    def __reduce__(self) -> str:
+        raise ExportError(
+            f"The Runtime of {self.path} holds an open session, which cannot be pickled or copied: open "
+            f"sarac.Runtime({str(self.path)!r}, provider={self.provider!r}) where it is needed."
         )
+
+    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: tensor.detach().to(self._inputs[name].device).contiguous() for name, tensor in self.feed(inputs).items()}
+        self._require_buffers(out, values)
+        try:
+            return self._replay(values, out) if self._replay else self._bound(values, out)
+        except Exception as error:
+            raise InputError(
+                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {reason(error)} It takes "
+                f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
+            ) from error
+
+    def _bound(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding = self._session.io_binding()
+        held = [bind(binding.bind_input, self._inputs[name], tensor) for name, tensor in values.items()]
+        for name, port in self._outputs.items():
+            if name in out:
+                held.append(bind(binding.bind_output, port, out[name]))
+            else:
+                binding.bind_output(name, self.device.type, self.device.index or 0)
+        with self._lane.ordered():
+            self._session.run_with_iobinding(binding, self._settings)
+        del held
+        return {
+            name: out[name] if name in out else taken(port, value)
+            for (name, port), value in zip(self._outputs.items(), binding.get_outputs(), strict=True)
+        }
+
+    def _require_buffers(self, out: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """InputError for a buffer that its output does not fit into, as far as the graph tells."""
+        sizes = {size: n for name, port in self._inputs.items() for size, n in zip(port.shape, values[name].shape, strict=True)}
+        for name, buffer in out.items():
+            if name not in self._outputs:
+                raise InputError(f"{self.path.name} has no output {name!r} to write into `out`. {near(name, self.outputs)}")
+            port = self._outputs[name]
+            wanted = [sizes.get(size, size) for size in port.shape]
+            fits = buffer.dim() == len(wanted) and all(map(_matches, wanted, buffer.shape))
+            if not fits or buffer.dtype != port.dtype or buffer.device != self.device or not buffer.is_contiguous():
+                raise InputError(
+                    f"out[{name!r}] is {buffer.dtype} of shape {tuple(buffer.shape)}, strides {buffer.stride()}, on "
+                    f"{buffer.device}; {self.path.name} writes {port.dtype} of shape ({', '.join(map(str, wanted))}) on "
+                    f"{self.device}: give a contiguous tensor of that kind, or leave it out."
+                )
+
+    def _start(self, *, graph: bool = False) -> Start:
+        options = {**self._options, **self._lane.options, **({"enable_cuda_graph": "1"} if graph else {})}
+        return started(str(self.path), PROVIDERS[self.provider], options, self._threads)
+
+    def _run_options(self) -> Any:
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4  # fatal alone, as what goes wrong is raised
+        lying = {port.device for port in (*self._inputs.values(), *self._outputs.values())}
+        if self.device.type == "cuda" and lying <= {self.device} and not str(self.placement):
+            # Where all stays on the GPU, torch's later work waits there for this run, and the host need not.
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+    def _captured(self, wanted: bool | None) -> Replay | None:
+        """The run as a CUDA graph, or None where none is wanted or, unless one is insisted on, possible."""
+        if wanted is False or (wanted is None and self.device.type == "cpu"):
+            return None
+        why = self._uncapturable()
+        if not why:
+            self._session = None  # two at once would hold the weights twice
+            try:
+                self._session, why = (start := self._start(graph=True)).session, start.reason
+                if not why:
+                    return Replay(self._session, self._settings, self._lane, self._inputs, self._outputs)
+            except Exception as error:  # noqa: BLE001 - an operator may do anything that a capture forbids
+                why = reason(error)
+            self._session = self._start().session
+        if wanted:
+            raise ExportError(
+                f"{self.path} cannot run as a CUDA graph: {why} Leave `cuda_graph` out, or export it so that it can."
+            )
+        return None
+
+    def _uncapturable(self) -> str:
+        """Why the run cannot be a CUDA graph, as far as the opened session tells."""
+        if self.device.type == "cpu":
+            return 'it runs on the CPU: open it with provider="cuda" where torch sees a GPU.'
+        everything = (*self._inputs.values(), *self._outputs.values())
+        free = dict.fromkeys(size for port in everything for size in port.shape if isinstance(size, str))
+        hosted = [port.name for port in everything if port.device != self.device]
+        return (
+            f"its sizes {', '.join(free)} are free." if free
+            else f"{self.placement}." if str(self.placement)
+            else f"{', '.join(hosted)} lies on the CPU." if hosted
+            else ""
+        )  # fmt: skip
 
     def _named(self, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         by_name = {}
         for name, value in inputs.kwargs.items():
+            if isinstance(value, Tensor) and name in self._inputs:
+                by_name[name] = value
+                continue
             for path, tensor in leaves(value):
                 key = name if isinstance(value, Tensor) else f"{name}.{_dotted(path)}"
                 # The writer puts "input." before a name that an output has too, and torch joins nested ones by "_".
@@ -103,13 +222,25 @@ class Session:
         yield from by_name.items()
 
 
+def _matches(wanted: int | str, size: int) -> bool:
+    return isinstance(wanted, str) or wanted == size
+
+
+def _device(index: int) -> torch.device:
+    """The GPU of that number, or the CPU where torch has no CUDA: ONNX Runtime then copies what goes in and out."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and index >= count:
+        raise ExportError(f"There is no GPU {index}: torch sees {count}. Give a device_id below that.")
+    return torch.device("cuda", index) if count else torch.device("cpu")
+
+
 def named_leaves(outputs: Any) -> dict[str, Tensor]:
     """Every tensor of a model's nested outputs by its dotted path, such as "logits" or "hidden_states.0"."""
     return {_dotted(path): tensor for path, tensor in leaves(outputs)}
 
 
 def paired(outputs: Mapping[str, Tensor], reference: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `Session.run` gave beside the same outputs of torch, in one order and form, ready for `check.difference`.
+    """What `Runtime.run` gave beside the same outputs of torch, in one order and form, ready for `check.difference`.
 
     Paired by name, or by order where the graph's names are others. A cache that torch returns and the graph does not
     is left out; any other difference in number is an ExportError.
@@ -125,26 +256,6 @@ def paired(outputs: Mapping[str, Tensor], reference: Any) -> tuple[dict[str, Ten
     if set(name_of.values()) == set(wanted):
         return dict(outputs), {name: wanted[name_of[name]] for name in outputs}
     return dict(outputs), dict(zip(outputs, wanted.values(), strict=True))
-
-
-def _to_runtime(tensor: Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:  # numpy has none
-        bits = tensor.view(torch.int16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-def _to_torch(value: Any) -> Tensor:
-    tensor: Tensor = from_dlpack(value)
-    return tensor.bool() if value.data_type() == "tensor(bool)" else tensor  # DLPack has bools as bytes
-
-
-def _dtype(kind: str) -> torch.dtype:
-    name = re.sub(r"tensor\((.*)\)", r"\1", kind)
-    found = getattr(torch, name, None)  # float and double are aliases in torch too
-    if not isinstance(found, torch.dtype):
-        raise ExportError(f"The ONNX model has an input of type {kind}, which no torch tensor has: convert the model.")
-    return found
 
 
 def _dotted(path: str) -> str:

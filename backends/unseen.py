@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sarac.backends.runtime import Session
+from sarac.backends.runtime import Runtime
 from sarac.ir.errors import InputError
 from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 
@@ -16,13 +16,13 @@ from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 _STEPS = (3, 5, -1, -2, 1, 2)
 
 
-def dynamic_axes(session: Session) -> dict[str, tuple[str, ...]]:
+def dynamic_axes(session: Runtime) -> dict[str, tuple[str, ...]]:
     """The symbols of every input's free dimensions; dimensions with one symbol change together."""
     return {name: tuple(size for size in shape if isinstance(size, str)) for name, shape in session.shapes.items()}
 
 
 def unseen_inputs(
-    spec: InputSpec, session: Session, captured: Inputs, count: int = 2, model: nn.Module | None = None
+    spec: InputSpec, session: Runtime, captured: Inputs, count: int = 2, model: nn.Module | None = None
 ) -> list[Inputs]:
     """`count` random inputs at shapes that the capture did not see, batch 1 and a longer sequence among the first.
 
@@ -53,7 +53,7 @@ class _Port:
     sizes: tuple[int | str, ...]
 
 
-def _ports(spec: InputSpec, session: Session, captured: Inputs) -> list[_Port]:
+def _ports(spec: InputSpec, session: Runtime, captured: Inputs) -> list[_Port]:
     names = {id(tensor): name for name, tensor in session.feed(captured).items()}
     tensors = [value for value in (*captured.args, *captured.kwargs.values()) if isinstance(value, Tensor)]
     return [

@@ -130,7 +130,7 @@ def export(
     with _aside(target) as folder:
         files = onnx.Onnx(opset).write(graph.module, inputs, folder / target.name, _metadata(model))
         exported = time.perf_counter()
-        session = runtime.Session(folder / target.name, provider)
+        session = runtime.Runtime(folder / target.name, provider)
         comparisons = _compare(model, graph.module, session, spec, inputs)
         del session
         seconds = {"export": exported - started, "verify": time.perf_counter() - exported}
@@ -156,7 +156,7 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
     if weights and metadata.get("sarac.base", "") != base:
         raise CheckFailed(f"{target} was exported from another base than this model's. Export the model again.")
     started = time.perf_counter()
-    comparisons = _compare(model, model, runtime.Session(target, provider), spec, inputs)
+    comparisons = _compare(model, model, runtime.Runtime(target, provider), spec, inputs)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
     return ExportReport(target, (target,), merged, (), comparisons, seconds=seconds)
@@ -173,7 +173,7 @@ def _folded(model: nn.Module, merge: bool | None) -> ModelGraph:
 
 
 def _compare(
-    model: nn.Module, emitted: nn.Module, session: runtime.Session, spec: InputSpec, captured: Inputs
+    model: nn.Module, emitted: nn.Module, session: runtime.Runtime, spec: InputSpec, captured: Inputs
 ) -> tuple[Comparison, ...]:
     """The comparisons at unseen shapes, every one within its gate; CheckFailed at the first that is not."""
     dtype = check.coarsest(model)

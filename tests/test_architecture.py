@@ -50,10 +50,12 @@ MAY_IMPORT = {
     "passes.choose": "ir.*",
     "passes.rewrite": "ir.*",
     "passes.fold": "ir.*",
-    "backends.providers": "",
-    "backends.runtime": "ir.* backends.providers",
-    "backends.unseen": "ir.* backends.runtime",
     "backends.onnx_file": "ir.*",
+    "backends.providers": "",
+    "backends.placement": "backends.onnx_file backends.providers",
+    "backends.binding": "ir.*",
+    "backends.runtime": "ir.* backends.binding backends.placement backends.providers",
+    "backends.unseen": "ir.* backends.runtime",
     "backends.exporting": "ir.* backends.runtime",
     "backends.lift": "ir.*",
     "backends.tidy": "ir.* backends.lift",
@@ -105,7 +107,7 @@ OWNED = {
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
-        "backends.runtime",
+        "backends.placement backends.binding backends.runtime",
     ),
 }
 
@@ -117,7 +119,7 @@ FILE_LINES, FUNCTION_LINES = 300, 40
 PUBLIC = set(
     "analyze transform fold export save load save_adapter load_adapter use adapters disabled recommended_lr trace run plan "
     "Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable CheckFailed "
-    "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Site verify __version__".split()
+    "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Runtime Site verify __version__".split()
 )
 
 

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from sarac.backends import providers
-from sarac.backends.runtime import Session
+from sarac.backends.runtime import Runtime
 from sarac.ir.errors import ExportError
 
 FIXED = '<ir_version: 10, opset_import: ["": 20]> fixed (float[2, 3] x) => (float[2, 3] y) { y = Neg(x) }'
@@ -16,12 +16,12 @@ FIXED = '<ir_version: 10, opset_import: ["": 20]> fixed (float[2, 3] x) => (floa
 
 def test_a_silent_fallback_is_an_error(tmp_path: Path, monkeypatch) -> None:
     onnx.save(onnx.parser.parse_model(FIXED), tmp_path / "graph.onnx")
-    monkeypatch.setattr(providers, "_unloadable", lambda provider: "")
+    monkeypatch.setattr(providers, "unloadable", lambda provider: "")
     fallen = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: fallen)
     with pytest.raises(ExportError, match="fell back to CPUExecutionProvider"):
-        Session(tmp_path / "graph.onnx", "cuda")
-    Session(tmp_path / "graph.onnx", "cpu")
+        Runtime(tmp_path / "graph.onnx", "cuda")
+    Runtime(tmp_path / "graph.onnx", "cpu")
 
 
 def test_providers_says_what_loads_and_why_the_rest_does_not(monkeypatch, capfd) -> None:

@@ -8,7 +8,7 @@ import torch
 from zoo import close, differ, same
 
 from sarac.backends.providers import providers
-from sarac.backends.runtime import Session, paired
+from sarac.backends.runtime import Runtime, paired
 from sarac.ir.errors import ExportError, InputError
 from sarac.ir.inputs import Inputs
 
@@ -24,9 +24,9 @@ x, y = torch.arange(8.0).reshape(2, 4), torch.ones(2, 4)
 def opened(tmp_path: Path):
     """A session on a graph written in ONNX's own notation."""
 
-    def opener(graph: str) -> Session:
+    def opener(graph: str) -> Runtime:
         onnx.save(onnx.parser.parse_model(f"{HEAD} {graph}"), tmp_path / "graph.onnx")
-        return Session(tmp_path / "graph.onnx")
+        return Runtime(tmp_path / "graph.onnx")
 
     return opener
 
@@ -102,10 +102,10 @@ def test_a_file_that_is_not_there_or_broken_gets_a_sentence(tmp_path: Path, open
     (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.onnx").write_text("no model at all")
     with pytest.raises(ExportError, match="There is no ONNX file at"):
-        Session(tmp_path / "none.onnx")
+        Runtime(tmp_path / "none.onnx")
     for name in ("half", "text"):
         with pytest.raises(ExportError, match=rf"{name}\.onnx cannot run on cpu: .*export a damaged file again"):
-            Session(tmp_path / f"{name}.onnx")
+            Runtime(tmp_path / f"{name}.onnx")
     assert capfd.readouterr() == ("", "")
 
 
@@ -117,13 +117,13 @@ def test_a_dtype_without_kernels_gets_a_sentence(opened) -> None:
 def test_a_provider_is_taken_at_its_word(opened, tmp_path: Path, capfd) -> None:
     opened(TWO)
     with pytest.raises(ExportError, match="no provider 'gpu': give one of cpu, cuda"):
-        Session(tmp_path / "graph.onnx", "gpu")
+        Runtime(tmp_path / "graph.onnx", "gpu")
     if providers().get("CUDAExecutionProvider") == "ok":
-        session = Session(tmp_path / "graph.onnx", "cuda")
+        session = Runtime(tmp_path / "graph.onnx", "cuda")
         close(session.run(Inputs((x, y)))["difference"], x - y)
         return
     with pytest.raises(ExportError, match=r"cannot run on cuda: (lib\w+\.so|this build of ONNX Runtime has no CUDA)"):
-        Session(tmp_path / "graph.onnx", "cuda")
+        Runtime(tmp_path / "graph.onnx", "cuda")
     assert capfd.readouterr() == ("", "")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from zoo import differ, same
 
-from sarac.backends.runtime import Session
+from sarac.backends.runtime import Runtime
 from sarac.backends.unseen import dynamic_axes, unseen_inputs
 from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
 
@@ -26,9 +26,9 @@ x, y = torch.arange(8.0).reshape(2, 4), torch.ones(2, 4)
 def opened(tmp_path: Path):
     """A session on a graph written in ONNX's own notation."""
 
-    def opener(graph: str) -> Session:
+    def opener(graph: str) -> Runtime:
         onnx.save(onnx.parser.parse_model(f"{HEAD} {graph}"), tmp_path / "graph.onnx")
-        return Session(tmp_path / "graph.onnx")
+        return Runtime(tmp_path / "graph.onnx")
 
     return opener
 
@@ -122,7 +122,7 @@ def test_sizes_in_a_formula_stay_as_captured(opened) -> None:
     session = opened(TWO)
     onnx.save(graph, session.path)
     captured = Inputs((torch.randn(2, 3), torch.randn(2, 6)))
-    for inputs in unseen_inputs(InputSpec.of(captured), Session(session.path), captured):
+    for inputs in unseen_inputs(InputSpec.of(captured), Runtime(session.path), captured):
         assert [tensor.shape[1] for tensor in inputs.args] == [3, 6]
         assert inputs.args[0].shape[0] == inputs.args[1].shape[0] != 2
 
