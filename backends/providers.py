@@ -48,18 +48,18 @@ def cuda_versions() -> dict[str, str | None]:
     return {"onnxruntime": onnxruntime.cuda_version or None, "torch": torch.version.cuda, "driver": driver}
 
 
-def remedy() -> str:
-    """The one command that gives this ONNX Runtime its CUDA provider, or the libraries that the provider needs."""
-    if PROVIDERS["cuda"] in onnxruntime.get_available_providers():
-        return "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    name = onnxruntime.package_name
-    return f"pip uninstall -y {name} && pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'"
+def remedy(built: bool) -> str:
+    """The one command that brings the libraries of the CUDA provider, and the provider too where it is not built in."""
+    install = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    other = f"pip uninstall -y {onnxruntime.package_name} && "
+    return install if built else f"{other}{install.replace('install', 'install --force-reinstall', 1)}"
 
 
 def started(model: str | bytes, provider: str, options: Mapping[str, str] | None = None, threads: int | None = None) -> Start:
     """A session on this very provider with its options, on `threads` CPU threads (as many as torch has)."""
     if missing := unloadable(provider):
-        return Start(None, missing, f"What it needs comes with `{remedy()}`; `sarac doctor` shows what else is missing.")
+        command = remedy(provider in onnxruntime.get_available_providers())
+        return Start(None, missing, f"What it needs comes with `{command}`; `sarac doctor` shows what else is missing.")
     settings, beside = onnxruntime.SessionOptions(), provider != PROVIDERS["cpu"]
     settings.log_severity_level = _WARNING if beside else _QUIET  # a warning alone tells how many copies were put in
     settings.intra_op_num_threads = threads or torch.get_num_threads()  # the cores that torch was given, and no more

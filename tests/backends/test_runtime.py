@@ -1,12 +1,20 @@
 """ONNX Runtime: one provider and no other, inputs by name or position, outputs beside torch's."""
 
+import copy
+import gc
+import pickle
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from torch import Tensor
 from zoo import close, differ, same
 
+from sarac.backends.placement import Placement
 from sarac.backends.providers import providers
 from sarac.backends.runtime import Runtime, paired
 from sarac.ir.errors import ExportError, InputError
@@ -91,6 +99,169 @@ def test_inputs_that_do_not_fit_get_a_sentence(opened, capfd, inputs: Inputs, se
         session.run(inputs)
     session.run(Inputs((x, y)))
     assert capfd.readouterr() == ("", "")
+
+
+# Calling
+
+
+def test_tensors_by_position_or_name_give_tensors_by_name(opened) -> None:
+    runtime = opened(TWO)
+    found = runtime(x, y=y)
+    assert list(found) == ["difference", "x_twice"]
+    same(found, {"difference": x - y, "x_twice": x + x})
+    same(runtime(y=y, x=x), found)
+    differ(runtime(y, x)["difference"], found["difference"])
+    assert found["difference"].device == runtime.device == torch.device("cpu")
+
+
+def test_outputs_go_into_the_callers_buffers(opened) -> None:
+    runtime, buffer = opened(TWO), torch.zeros(2, 4)
+    found = runtime(x, y, out={"difference": buffer})
+    assert found["difference"] is buffer
+    same(found, {"difference": x - y, "x_twice": x + x})
+    runtime(y, x, out={"difference": buffer})
+    same(buffer, y - x)
+    differ(buffer, x - y)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "sentence"),
+    [
+        ("differences", torch.zeros(2, 4), r"no output 'differences' to write into `out`\. Near names: difference"),
+        ("difference", torch.zeros(3, 4), r"of shape \(3, 4\), .* writes torch\.float32 of shape \(2, 4\) on cpu"),
+        ("difference", torch.zeros(2, 4, 1), r"of shape \(2, 4, 1\)"),
+        ("difference", torch.zeros(2, 4).double(), r"is torch\.float64"),
+        ("difference", torch.zeros(4, 2).t(), r"strides \(1, 2\)"),
+        ("difference", torch.zeros(2, 4, device="meta"), "on meta"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_gets_a_sentence(opened, name: str, buffer: Tensor, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        opened(TWO)(x, y, out={name: buffer})
+
+
+def test_a_buffer_of_unknown_size_is_checked_when_it_is_written(opened) -> None:
+    runtime = opened("found (bool[n] x) => (int64[one, m] y) { y = NonZero(x) }")
+    flags, buffer = torch.tensor([True, False, True]), torch.zeros(1, 2, dtype=torch.int64)
+    same(runtime(flags, out={"y": buffer})["y"], torch.tensor([[0, 2]]))
+    with pytest.raises(InputError, match="does not run on these inputs"):
+        runtime(flags, out={"y": torch.zeros(1, 3, dtype=torch.int64)})
+
+
+def test_outputs_outlive_their_runtime_and_each_other(opened) -> None:
+    runtime = opened(TWO)
+    first = runtime(x, y)["difference"]
+    second = runtime(y, x)["difference"]
+    del runtime
+    gc.collect()
+    same([first, second], [x - y, y - x])
+    differ(first, second)
+
+
+def test_one_runtime_serves_threads(opened) -> None:
+    runtime = opened(TWO)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: runtime(x + n, y)["difference"], range(32)))
+    for n, tensor in enumerate(found):
+        same(tensor, x + n - y)
+    differ(found[0], found[1])
+
+
+# Opening, and what is opened
+
+
+def test_a_runtime_says_what_it_is_and_stays_where_it_is(opened) -> None:
+    runtime = opened(TWO)
+    assert repr(runtime) == (
+        f"<Runtime {runtime.path} on cpu: x: float32[batch, 4], y: float32[batch, 4] -> difference, x_twice>"
+    )
+    for away in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ExportError, match=r"pickled or copied: open sarac\.Runtime\('.*graph\.onnx', provider='cpu'\)"):
+            away(runtime)
+
+
+def test_threads_are_as_many_as_torch_has_or_as_asked(opened) -> None:
+    runtime = opened(TWO)
+    assert runtime._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    other = Runtime(runtime.path, threads=torch.get_num_threads() + 1)
+    assert other._session.get_session_options().intra_op_num_threads == torch.get_num_threads() + 1
+    same(runtime(x, y), other(x, y))
+
+
+# CUDA graphs
+
+
+@pytest.fixture
+def on_a_gpu(opened):
+    """A runtime that believes its session to be on a GPU; what it decides from there is the same."""
+
+    def opener(graph: str, **changes: object) -> Runtime:
+        runtime = opened(graph)
+        device = torch.device("cuda", 0)
+        runtime.device = device
+        runtime._inputs, runtime._outputs = (
+            {name: replace(port, device=device) for name, port in some.items()} for some in (runtime._inputs, runtime._outputs)
+        )
+        for name, value in changes.items():
+            setattr(runtime, name, value)
+        return runtime
+
+    return opener
+
+
+def test_a_cuda_graph_needs_fixed_sizes_and_a_device_that_does_it_all(opened, on_a_gpu) -> None:
+    assert on_a_gpu(FIXED)._uncapturable() == ""
+    assert opened(FIXED)._uncapturable().startswith("it runs on the CPU")
+    assert on_a_gpu(TWO)._uncapturable() == "its sizes batch are free."
+    assert "2 x LSTM" in on_a_gpu(FIXED, placement=Placement(0, Counter(LSTM=2)))._uncapturable()
+    runtime = on_a_gpu(FIXED)
+    runtime._inputs = opened(FIXED)._inputs
+    assert runtime._uncapturable() == "x lies on the CPU."
+
+
+def test_the_host_waits_for_the_gpu_only_where_it_has_work_to_do(opened, on_a_gpu) -> None:
+    def waits(runtime: Runtime) -> bool:
+        try:
+            return runtime._run_options().get_run_config_entry("disable_synchronize_execution_providers") != "1"
+        except RuntimeError:
+            return True
+
+    assert not waits(on_a_gpu(TWO))
+    assert waits(opened(TWO))
+    assert waits(on_a_gpu(TWO, placement=Placement(1)))
+    runtime = on_a_gpu(TWO)
+    runtime._inputs = opened(TWO)._inputs
+    assert waits(runtime)
+
+
+def test_insisting_on_a_cuda_graph_without_cuda_gets_a_sentence(opened) -> None:
+    path = opened(FIXED).path
+    with pytest.raises(ExportError, match=r"cannot run as a CUDA graph: it runs on the CPU: open it with provider=\"cuda\""):
+        Runtime(path, cuda_graph=True)
+    assert Runtime(path, cuda_graph=None)._replay is Runtime(path, cuda_graph=False)._replay is None
+
+
+def test_a_capture_replaces_the_run_and_where_it_fails_the_run_stays(opened, monkeypatch) -> None:
+    monkeypatch.setattr(Runtime, "_uncapturable", lambda self: "")
+    plain, value = opened(FIXED), torch.randn(2, 3)
+    runtime = Runtime(plain.path, cuda_graph=True)
+    assert " as a CUDA graph" in repr(runtime)
+    same(runtime(value), {"y": -value})
+    same(runtime.run(Inputs((value + 1,))), {"y": -value - 1})
+    with pytest.raises(InputError, match=r"does not run .*x is of shape \(1, 3\), not \(2, 3\)"):
+        runtime(value[:1])
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("sarac.backends.runtime.Replay", broken)
+    with pytest.raises(ExportError, match=r"as a CUDA graph: operation not permitted when stream is capturing\. Leave"):
+        Runtime(plain.path, cuda_graph=True)
+    before, plain.device = plain._session, torch.device("cuda", 0)
+    assert plain._captured(None) is None
+    plain.device = torch.device("cpu")
+    assert plain._session is not before
+    same(plain(value), {"y": -value})
 
 
 # Opening
