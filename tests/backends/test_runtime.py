@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from zoo import close, differ, same
 
+from sarac.backends.binding import bind
 from sarac.backends.placement import Placement
 from sarac.backends.providers import providers
 from sarac.backends.runtime import Runtime, paired
@@ -112,6 +113,18 @@ def test_tensors_by_position_or_name_give_tensors_by_name(opened) -> None:
     same(runtime(y=y, x=x), found)
     differ(runtime(y, x)["difference"], found["difference"])
     assert found["difference"].device == runtime.device == torch.device("cpu")
+
+
+def test_contiguous_tensors_are_bound_and_others_copied(opened, monkeypatch) -> None:
+    runtime, bound = opened(TWO), {}
+    monkeypatch.setattr(
+        "sarac.backends.runtime.bind", lambda place, port, t: bound.update({port.name: t}) or bind(place, port, t)
+    )
+    crosswise = y.t().contiguous().t()
+    found = runtime(x, crosswise)
+    same(found, {"difference": x - y, "x_twice": x + x})
+    assert bound["x"].data_ptr() == x.data_ptr()
+    assert bound["y"].data_ptr() != crosswise.data_ptr()
 
 
 def test_outputs_go_into_the_callers_buffers(opened) -> None:
@@ -257,10 +270,12 @@ def test_a_capture_replaces_the_run_and_where_it_fails_the_run_stays(opened, mon
     monkeypatch.setattr("sarac.backends.runtime.Replay", broken)
     with pytest.raises(ExportError, match=r"as a CUDA graph: operation not permitted when stream is capturing\. Leave"):
         Runtime(plain.path, cuda_graph=True)
-    before, plain.device = plain._session, torch.device("cuda", 0)
+    opened_as, start = [], Runtime._start
+    monkeypatch.setattr(Runtime, "_start", lambda self, *, graph=False: (opened_as.append(graph), start(self, graph=graph))[1])
+    plain.device = torch.device("cuda", 0)
     assert plain._captured(None) is None
     plain.device = torch.device("cpu")
-    assert plain._session is not before
+    assert opened_as == [True, False], "a session that was to be captured, and failed at it, is not kept"
     same(plain(value), {"y": -value})
 
 
