@@ -13,7 +13,8 @@ from sarac.ir.errors import ExportError
 
 # The numbers of onnx.ModelProto's fields, as onnx.proto fixes them.
 _GRAPH, _OPSETS, _METADATA, _FUNCTIONS = 7, 8, 14, 25
-_KNOWN, _NEEDED, _NODE = {*range(1, 9), _METADATA, 20, _FUNCTIONS, 26}, {_GRAPH, _OPSETS}, 1  # the last in GraphProto
+_KNOWN, _NEEDED = {*range(1, 9), _METADATA, 20, _FUNCTIONS, 26}, {_GRAPH, _OPSETS}
+_NODE, _OUTPUT, _VALUE = 1, 12, 13  # of onnx.GraphProto
 _Field = tuple[int, int, int, int]  # its number, where it starts, where its content starts and ends, in bytes
 _BLOCK = 2**24  # bytes copied at a time
 
@@ -58,6 +59,21 @@ def node_counts(path: Path) -> Counter[str]:
         for attribute in node.attribute:
             nodes += [inner for graph in (attribute.g, *attribute.graphs) for inner in graph.node]
     return counts
+
+
+def output_types(path: Path) -> dict[str, tuple[int, ...]]:
+    """The element types of every named node's outputs, by ONNX's numbers and 0 where unknown; nested graphs are left out."""
+    nodes: list[onnx.NodeProto] = []
+    types: dict[str, int] = {}
+    with _opened(path) as (file, fields):
+        for _, _, *content in (field for field in fields if field[0] == _GRAPH):
+            for kind, _, *inner in _fields(file, *content):
+                if kind == _NODE:
+                    nodes.append(onnx.NodeProto.FromString(_read(file, *inner)))
+                elif kind in (_OUTPUT, _VALUE):
+                    value = onnx.ValueInfoProto.FromString(_read(file, *inner))
+                    types[value.name] = value.type.tensor_type.elem_type
+    return {node.name: tuple(types.get(name, 0) for name in node.output) for node in nodes if node.name}
 
 
 def matmul_count(path: Path) -> int:

@@ -1,73 +1,83 @@
-"""ONNX files in ONNX Runtime: held to one provider, fed from torch inputs, their outputs paired with torch's."""
+"""ONNX files in ONNX Runtime: held to one provider, run on torch tensors without copies, outputs paired with torch's."""
 
-import contextlib
-import ctypes
-import functools
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
+from torch import Tensor
 
+from sarac.backends.binding import Lane, Replay, bind, ports, taken
+from sarac.backends.placement import placement
+from sarac.backends.providers import PROVIDERS, Start, reason, started
 from sarac.ir.check import leaves
-from sarac.ir.errors import ExportError, InputError, near
-from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
+from sarac.ir.errors import ExportError, InputError, SaracWarning, near
+from sarac.ir.inputs import Inputs
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-_QUIET = 4  # fatal alone: what goes wrong is raised, and would else stand on stderr as well
 _CACHES = ("past_key_values", "past_buckets_states", "cache_params", "mems")  # what use_cache adds to the outputs
+_REMEDY = (
+    "`sarac doctor` lists what runs here and what is missing; export a damaged file again, or one in a dtype without kernels "
+    "there (bfloat16 on a CPU) in another."
+)
 
-# By how much the sizes of an unseen shape differ from the captured ones: longer first, shorter where longer is refused.
-_STEPS = (3, 5, -1, -2, 1, 2)
 
-
-class Session:
+class Runtime:
     """An ONNX file opened on one provider, "cpu" or "cuda"; ExportError if it cannot be opened there and nowhere else.
 
-    On CUDA, the arithmetic on shapes still runs on the CPU: ONNX Runtime places it there on purpose, which is why
-    `session.disable_cpu_ep_fallback` (it refuses every graph with such a node) is no option for a dynamic graph.
+    `runtime(*tensors, **tensors)` runs it. `cuda_graph` None captures one where it can be, True insists, False never does;
+    `threads` on the CPU are as many as torch has. A node that computes on the CPU beside CUDA draws a SaracWarning.
     """
 
-    def __init__(self, path: Path, provider: str = "cpu", floats: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        *,
+        device_id: int = 0,
+        cuda_graph: bool | None = None,
+        threads: int | None = None,
+        floats: torch.dtype | None = None,
+    ) -> None:
         """`floats`: the dtype of floating inputs that are converted to what the graph takes; None converts none."""
         self.path, self.provider, self.floats = Path(path), provider, floats
         if provider not in PROVIDERS:
             raise ExportError(f"There is no provider {provider!r}: give one of {', '.join(PROVIDERS)}.")
         if not self.path.is_file():
             raise ExportError(f"There is no ONNX file at {path}: check the path.")
-        self._session, reason = _started(str(path), PROVIDERS[provider])
-        if self._session is None:
-            raise ExportError(
-                f"{path} cannot run on {provider}: {reason} `sarac doctor` lists what runs here and what is missing; export a "
-                "damaged file again, or one in a dtype without kernels there (bfloat16 on a CPU) in another."
+        self._threads, self._options = threads, {"device_id": str(device_id)} if provider == "cuda" else {}
+        self.device = _device(device_id) if provider == "cuda" else torch.device("cpu")
+        self._lane = Lane(self.device)
+        start = self._start()
+        if start.session is None:
+            raise ExportError(f"{path} cannot run on {provider}: {start.reason} {start.remedy or _REMEDY}")
+        self._session, self.placement = start.session, placement(start, self.path)
+        self._inputs, self._outputs = ports(self._session, self.device)
+        self.shapes, self.dtypes = ({n: getattr(p, what) for n, p in self._inputs.items()} for what in ("shape", "dtype"))
+        self.outputs = tuple(self._outputs)
+        self._settings = self._run_options()
+        self._replay = self._captured(cuda_graph)
+        if str(self.placement):
+            warnings.warn(
+                f"{self.path.name} on {provider}: {self.placement}, and the device waits for each. Export it with `optimize` for "
+                f"{provider}, or without operators that have no kernel there.",
+                SaracWarning,
+                stacklevel=2,
             )
-        self.shapes: dict[str, tuple[int | str, ...]] = {
-            port.name: tuple(f"{port.name}.{axis}" if size is None else size for axis, size in enumerate(port.shape))
-            for port in self._session.get_inputs()
-        }
-        self.dtypes = {port.name: _dtype(port.type) for port in self._session.get_inputs()}
-        self.outputs = tuple(port.name for port in self._session.get_outputs())
+
+    def __call__(self, *args: Any, out: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """The outputs by name on the runtime's device, for tensors by position or by the graph's names.
+
+        Tensors that are contiguous and lie where the graph reads them are not copied. An output that `out` has a tensor
+        for is written into it; InputError where inputs or buffers do not fit the graph.
+        """
+        return self._launch(Inputs(args, kwargs), out or {})
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""
-        values = {name: _to_runtime(tensor.detach().cpu().contiguous()) for name, tensor in self.feed(inputs).items()}
-        try:
-            found = self._session.run_with_ort_values(list(self.outputs), values)
-        except Exception as error:
-            raise InputError(
-                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {_reason(error)} It takes "
-                f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
-            ) from error
-        return {name: _to_torch(value) for name, value in zip(self.outputs, found, strict=True)}
+        return {name: tensor.cpu() for name, tensor in self._launch(inputs, {}).items()}
 
     def feed(self, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors of `inputs` by the names of the graph's inputs: keywords by name, arguments by position.
@@ -84,7 +94,7 @@ class Session:
                 f"{near(missing[0], strangers) if strangers else 'Its inputs are ' + self.describe() + '.'}"
             )
         if strangers:
-            warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=3)
+            warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=4)
         for name, shape in self.shapes.items():
             if named[name].dtype != self.dtypes[name] or named[name].dim() != len(shape):
                 raise InputError(
@@ -95,10 +105,107 @@ class Session:
 
     def describe(self) -> str:
         """The graph's inputs with their dtypes and shapes in one line; a size in letters is free."""
-        return ", ".join(
-            f"{name}: {str(self.dtypes[name]).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
-            for name, shape in self.shapes.items()
+        return ", ".join(map(str, self._inputs.values()))
+
+    def __repr__(self) -> str:
+        graph = " as a CUDA graph" if self._replay else ""
+        return f"<Runtime {self.path} on {self.provider}{graph}: {self.describe()} -> {', '.join(self.outputs)}>"
+
+    def __reduce__(self) -> str:
+        raise ExportError(
+            f"The Runtime of {self.path} holds an open session, which cannot be pickled or copied: open "
+            f"sarac.Runtime({str(self.path)!r}, provider={self.provider!r}) where it is needed."
         )
+
+    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: tensor.detach().to(self._inputs[name].device).contiguous() for name, tensor in self.feed(inputs).items()}
+        self._require_buffers(out, values)
+        try:
+            return self._replay(values, out) if self._replay else self._bound(values, out)
+        except Exception as error:
+            raise InputError(
+                f"{self.path.name} does not run on these inputs ({inputs.describe()}): {reason(error)} It takes "
+                f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
+            ) from error
+
+    def _bound(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding = self._session.io_binding()
+        held = [bind(binding.bind_input, self._inputs[name], tensor) for name, tensor in values.items()]
+        for name, port in self._outputs.items():
+            if name in out:
+                held.append(bind(binding.bind_output, port, out[name]))
+            else:
+                binding.bind_output(name, self.device.type, self.device.index or 0)
+        with self._lane.ordered():
+            self._session.run_with_iobinding(binding, self._settings)
+        del held
+        return {
+            name: out[name] if name in out else taken(port, value)
+            for (name, port), value in zip(self._outputs.items(), binding.get_outputs(), strict=True)
+        }
+
+    def _require_buffers(self, out: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """InputError for a buffer that its output does not fit into, as far as the graph tells."""
+        sizes = {size: n for name, port in self._inputs.items() for size, n in zip(port.shape, values[name].shape, strict=True)}
+        for name, buffer in out.items():
+            if name not in self._outputs:
+                raise InputError(f"{self.path.name} has no output {name!r} to write into `out`. {near(name, self.outputs)}")
+            port = self._outputs[name]
+            wanted = [sizes.get(size, size) for size in port.shape]
+            fits = buffer.dim() == len(wanted) and all(map(_matches, wanted, buffer.shape))
+            if not fits or buffer.dtype != port.dtype or buffer.device != self.device or not buffer.is_contiguous():
+                raise InputError(
+                    f"out[{name!r}] is {buffer.dtype} of shape {tuple(buffer.shape)}, strides {buffer.stride()}, on "
+                    f"{buffer.device}; {self.path.name} writes {port.dtype} of shape ({', '.join(map(str, wanted))}) on "
+                    f"{self.device}: give a contiguous tensor of that kind, or leave it out."
+                )
+
+    def _start(self, *, graph: bool = False) -> Start:
+        options = {**self._options, **self._lane.options, **({"enable_cuda_graph": "1"} if graph else {})}
+        return started(str(self.path), PROVIDERS[self.provider], options, self._threads)
+
+    def _run_options(self) -> Any:
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4  # fatal alone, as what goes wrong is raised
+        lying = {port.device for port in (*self._inputs.values(), *self._outputs.values())}
+        if self.device.type == "cuda" and lying <= {self.device} and not str(self.placement):
+            # Where all stays on the GPU, torch's later work waits there for this run, and the host need not.
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+    def _captured(self, wanted: bool | None) -> Replay | None:
+        """The run as a CUDA graph, or None where none is wanted or, unless one is insisted on, possible."""
+        if wanted is False or (wanted is None and self.device.type == "cpu"):
+            return None
+        why = self._uncapturable()
+        if not why:
+            self._session = None  # two at once would hold the weights twice
+            try:
+                self._session, why = (start := self._start(graph=True)).session, start.reason
+                if not why:
+                    return Replay(self._session, self._settings, self._lane, self._inputs, self._outputs)
+            except Exception as error:  # noqa: BLE001 - an operator may do anything that a capture forbids
+                why = reason(error)
+            self._session = self._start().session
+        if wanted:
+            raise ExportError(
+                f"{self.path} cannot run as a CUDA graph: {why} Leave `cuda_graph` out, or export it so that it can."
+            )
+        return None
+
+    def _uncapturable(self) -> str:
+        """Why the run cannot be a CUDA graph, as far as the opened session tells."""
+        if self.device.type == "cpu":
+            return 'it runs on the CPU: open it with provider="cuda" where torch sees a GPU.'
+        everything = (*self._inputs.values(), *self._outputs.values())
+        free = dict.fromkeys(size for port in everything for size in port.shape if isinstance(size, str))
+        hosted = [port.name for port in everything if port.device != self.device]
+        return (
+            f"its sizes {', '.join(free)} are free." if free
+            else f"{self.placement}." if str(self.placement)
+            else f"{', '.join(hosted)} lies on the CPU." if hosted
+            else ""
+        )  # fmt: skip
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
         wanted = self.dtypes.get(name, tensor.dtype)
@@ -107,6 +214,9 @@ class Session:
     def _named(self, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         by_name = {}
         for name, value in inputs.kwargs.items():
+            if isinstance(value, Tensor) and name in self._inputs:
+                by_name[name] = value
+                continue
             for path, tensor in leaves(value):
                 key = name if isinstance(value, Tensor) else f"{name}.{_dotted(path)}"
                 # The writer puts "input." before a name that an output has too, and torch joins nested ones by "_".
@@ -118,9 +228,16 @@ class Session:
         yield from by_name.items()
 
 
-def dynamic_axes(session: Session) -> dict[str, tuple[str, ...]]:
-    """The symbols of every input's free dimensions; dimensions with one symbol change together."""
-    return {name: tuple(size for size in shape if isinstance(size, str)) for name, shape in session.shapes.items()}
+def _matches(wanted: int | str, size: int) -> bool:
+    return isinstance(wanted, str) or wanted == size
+
+
+def _device(index: int) -> torch.device:
+    """The GPU of that number, or the CPU where torch has no CUDA: ONNX Runtime then copies what goes in and out."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and index >= count:
+        raise ExportError(f"There is no GPU {index}: torch sees {count}. Give a device_id below that.")
+    return torch.device("cuda", index) if count else torch.device("cpu")
 
 
 def named_leaves(outputs: Any) -> dict[str, Tensor]:
@@ -129,7 +246,7 @@ def named_leaves(outputs: Any) -> dict[str, Tensor]:
 
 
 def paired(outputs: Mapping[str, Tensor], reference: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `Session.run` gave beside the same outputs of torch, in one order and form, ready for `check.difference`.
+    """What `Runtime.run` gave beside the same outputs of torch, in one order and form, ready for `check.difference`.
 
     Paired by name, or by order where the graph's names are others. A cache that torch returns and the graph does not
     is left out; any other difference in number is an ExportError.
@@ -147,156 +264,5 @@ def paired(outputs: Mapping[str, Tensor], reference: Any) -> tuple[dict[str, Ten
     return dict(outputs), dict(zip(outputs, wanted.values(), strict=True))
 
 
-def unseen_inputs(
-    spec: InputSpec, session: Session, captured: Inputs, count: int = 2, model: nn.Module | None = None
-) -> list[Inputs]:
-    """`count` random inputs at shapes that the capture did not see, batch 1 and a longer sequence among the first.
-
-    Sizes that share a symbol, or were equal at capture, change together. Shapes that the torch `model`, in eval mode,
-    rejects are passed over. Where no new shape is left, the captured shape with other values fills up the count. Tensors
-    within lists and dicts stay as they were captured.
-    """
-    ports = _ports(spec, session, captured)
-    free = _free_sizes(ports)
-    found: list[Inputs] = []
-    for step in range(2 * len(_STEPS) if free else 0):
-        if len(found) == count:
-            break
-        candidate = _sample(ports, captured, {symbol: _size(*seen, step) for symbol, seen in free.items()}, step)
-        with contextlib.suppress(InputError):
-            if model is not None:
-                candidate.call(model)
-            found.append(candidate)
-    return found + [_sample(ports, captured, {}, step) for step in range(len(found), count)]
-
-
-def providers() -> dict[str, str]:
-    """For every provider that this ONNX Runtime lists: "ok" where a session on it runs, else the reason why not."""
-    tiny = '<ir_version: 10, opset_import: ["": 20]> tiny (float[1, 1] x) => (float[1, 1] y) { y = MatMul(x, x) }'
-    model = onnx.parser.parse_model(tiny).SerializeToString()
-    return {name: _started(model, name)[1] or "ok" for name in onnxruntime.get_available_providers()}
-
-
-def _started(model: str | bytes, provider: str) -> tuple[Any, str]:
-    """A session on this very provider and "", or None and the reason why there is none."""
-    try:
-        if reason := _unloadable(provider):
-            return None, reason
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _QUIET
-        options.intra_op_num_threads = torch.get_num_threads()  # the cores that torch was given, and no more
-        session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
-    except Exception as error:  # noqa: BLE001 - the caller says it, as a sentence or as a line of a report
-        return None, _reason(error)
-    # Where a provider cannot start, ONNX Runtime takes the CPU instead and raises nothing.
-    first = session.get_providers()[0]
-    return (session, "") if first == provider else (None, f"ONNX Runtime fell back to {first}.")
-
-
-def _unloadable(provider: str) -> str:
-    """Why the provider's library cannot be loaded; "" if it can, or is built in."""
-    if provider not in onnxruntime.get_available_providers():
-        return f"this build of ONNX Runtime has no {provider}."
-    folder, short = Path(onnxruntime.__file__).parent / "capi", provider.removesuffix("ExecutionProvider").lower()
-    try:
-        for library in folder.glob(f"*_providers_{short}.*"):
-            _preload()
-            for path in (*folder.glob("*_providers_shared.*"), library):
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        return _reason(error)
-    return ""
-
-
-@functools.cache
-def _preload() -> None:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; loading the provider says the same
-        onnxruntime.preload_dlls()
-
-
-@dataclass(frozen=True)
-class _Port:
-    """One captured tensor, and the sizes that the graph gives it: numbers, or the symbols of free ones."""
-
-    spec: TensorSpec
-    seen: Tensor
-    sizes: tuple[int | str, ...]
-
-
-def _ports(spec: InputSpec, session: Session, captured: Inputs) -> list[_Port]:
-    names = {id(tensor): name for name, tensor in session.feed(captured).items()}
-    tensors = [value for value in (*captured.args, *captured.kwargs.values()) if isinstance(value, Tensor)]
-    return [
-        _Port(replace(row, name=names.get(id(seen), row.name)), seen, session.shapes.get(names.get(id(seen), ""), ()))
-        for row, seen in zip(spec.tensors, tensors, strict=True)
-    ]
-
-
-def _free_sizes(ports: list[_Port]) -> dict[str, tuple[bool, int]]:
-    """Every symbol that may change: whether it is a batch, and its size at capture."""
-    sizes = [(size, axis, port.seen.shape[axis]) for port in ports for axis, size in enumerate(port.sizes)]
-    free = {size: (axis == 0, seen) for size, axis, seen in reversed(sizes) if isinstance(size, str)}
-    # A size such as "2*s53" binds the symbols in it: all of them stay as they were captured.
-    formulas = {symbol for symbol in free if not re.fullmatch(r"[\w.]+", symbol)}
-    bound = formulas | {word for formula in formulas for word in re.findall(r"\w+", formula)}
-    return {symbol: seen for symbol, seen in free.items() if symbol not in bound}
-
-
-def _size(batch: bool, seen: int, step: int) -> int:
-    if batch:
-        return 1 if step % 2 == 0 else seen + 2 + step // 2
-    size = seen + _STEPS[step % len(_STEPS)]
-    return size if size > 0 else seen + step
-
-
-def _sample(ports: list[_Port], captured: Inputs, sizes: Mapping[str, int], step: int) -> Inputs:
-    """The captured inputs with random values, at these sizes and else at the captured ones."""
-    generator = torch.Generator().manual_seed(step)
-    values = []
-    for port in ports:
-        pairs = zip(port.sizes or port.seen.shape, port.seen.shape, strict=True)
-        shape = [size if isinstance(size, int) else sizes.get(size, seen) for size, seen in pairs]
-        values.append(_values(port, shape, generator, padded=step % 2 == 1).to(port.seen.device))
-    drawn = iter(values)
-    return captured.map(lambda _: next(drawn))
-
-
-def _values(port: _Port, shape: list[int], generator: torch.Generator, padded: bool) -> Tensor:
-    if port.seen.is_floating_point() or port.spec.high is not None:
-        return port.spec.sample(shape, generator)
-    if "mask" in port.spec.name and port.seen.numel():
-        mask = torch.full(shape, bool(port.seen.double().mean() >= 0.5), device="cpu").to(port.seen.dtype)
-        if padded and len(shape) > 1 and port.seen.dtype != torch.bool:  # in masks of bools, True may be what is padded
-            mask[-1, ..., shape[-1] - shape[-1] // 4 :] = 0
-        return mask
-    low, high = (int(port.seen.min()), int(port.seen.max())) if port.seen.numel() else (0, 0)
-    return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(port.seen.dtype)
-
-
-def _to_runtime(tensor: Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:  # numpy has none
-        bits = tensor.view(torch.int16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-def _to_torch(value: Any) -> Tensor:
-    tensor: Tensor = from_dlpack(value)
-    return tensor.bool() if value.data_type() == "tensor(bool)" else tensor  # DLPack has bools as bytes
-
-
-def _dtype(kind: str) -> torch.dtype:
-    name = re.sub(r"tensor\((.*)\)", r"\1", kind)
-    found = getattr(torch, name, None)  # float and double are aliases in torch too
-    if not isinstance(found, torch.dtype):
-        raise ExportError(f"The ONNX model has an input of type {kind}, which no torch tensor has: convert the model.")
-    return found
-
-
 def _dotted(path: str) -> str:
     return ".".join(re.findall(r"\w+", path))
-
-
-def _reason(error: Exception) -> str:
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."

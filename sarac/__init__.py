@@ -1,6 +1,7 @@
 """sarac: model surgery for PyTorch. Threshold ranks, SARA and Mo-SARA fine-tuning, merged and checked ONNX."""
 
 import sarac.backends.peft  # noqa: F401  sarac.backends.peft.save and .load are part of the face
+from sarac.backends.runtime import Runtime
 from sarac.emit import export, verify
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RewriteError",
+    "Runtime",
     "Sara",
     "SaracError",
     "SaracWarning",

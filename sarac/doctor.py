@@ -3,27 +3,30 @@
 import json
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
 import torch
 from rich.table import Table
 
-from sarac.backends.runtime import providers
+from sarac.backends import providers
 from sarac.ir.record import __version__
 
-_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")  # one program under two names: installed over each other, both break
+_GPU, _GENAI = "onnxruntime-gpu", "onnxruntime-genai"
+_DRIVERS = {12: 525, 13: 580}  # the first drivers that run a CUDA
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 _CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The versions, providers ("ok" or the reason why not), CUDA devices of torch, and every fault with its remedy."""
+    """Versions, providers ("ok" or why not), torch's GPUs, the CUDA of each part, and every fault with its remedy."""
 
     versions: dict[str, str | None]
     providers: dict[str, str]
     cuda: list[str]
+    toolkits: Mapping[str, str | None]
     faults: list[tuple[str, str]]
 
     def to_json(self) -> str:
@@ -44,38 +47,59 @@ class Diagnosis:
         table.add_section()
         for name, state in self.providers.items():
             table.add_row(name, state)
+        table.add_row("CUDA versions", ", ".join(f"{name} {version or 'none'}" for name, version in self.toolkits.items()))
         table.add_row("CUDA in torch", ", ".join(self.cuda) or "no device")
         return table
 
 
 def diagnose() -> Diagnosis:
     """Look at this machine; nothing is changed, and no fault raises."""
-    versions = {"sarac": __version__, "python": platform.python_version()}
-    found = {name: _version(name) for name in (*_PACKAGES, *_RUNTIMES)}
+    versions = {"sarac": __version__, "python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    # Every package that brings this folder: they are one program under several names, and the last one installed wins.
+    runtimes = {name: _version(name) for name in sorted(set(metadata.packages_distributions().get("onnxruntime", ())))}
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    running = providers()
-    runtimes = {name: found[name] for name in _RUNTIMES if found[name]}
-    named = {**versions, **{name: found[name] for name in _PACKAGES}, **(runtimes or {"onnxruntime": None})}
-    return Diagnosis(named, running, cuda, list(_faults(runtimes, running, cuda)))
+    running, toolkits = providers.providers(), providers.cuda_versions()
+    faults = [*_overlaid(runtimes), *_faults(running, cuda, toolkits)]
+    return Diagnosis({**versions, **(runtimes or {"onnxruntime": None})}, running, cuda, toolkits, faults)
 
 
-def _faults(runtimes: dict[str, str | None], running: dict[str, str], cuda: list[str]) -> list[tuple[str, str]]:
+def _overlaid(runtimes: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """ONNX Runtime installed more than once, into one folder, with the command that leaves one of them."""
+    if len(runtimes) < 2:
+        return
+    kept = _GPU if _GPU in runtimes else next(iter(runtimes))
+    removed, installed = " ".join(runtimes), kept
+    if _version(_GENAI) and kept == _GPU:  # it asks for plain onnxruntime, and would bring it back
+        removed, installed = f"{removed} {_GENAI}", f"{kept} {_GENAI}-cuda"
+    names = " and ".join(f"{name} {version}" for name, version in runtimes.items())
+    yield f"{names} are installed over each other", f"pip uninstall -y {removed} && pip install {installed}"
+
+
+def _faults(running: Mapping[str, str], cuda: list[str], toolkits: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
     """Every fault with the one command that mends it."""
-    faults = []
     gpu = bool(cuda) or shutil.which("nvidia-smi") is not None
-    if len(runtimes) > 1:
-        remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
-        faults.append(("onnxruntime and onnxruntime-gpu are both installed, over each other", remedy))
     if running.get("CPUExecutionProvider") != "ok":
-        faults.append(("ONNX Runtime does not run on the CPU", "pip install --force-reinstall onnxruntime"))
-    if gpu and not cuda:
-        faults.append(("there is a GPU that torch does not see", "pip install --force-reinstall torch"))
-    if gpu and _CUDA not in running:
-        remedy = "pip uninstall -y onnxruntime && pip install --force-reinstall onnxruntime-gpu"
-        faults.append(("this ONNX Runtime is built without CUDA", remedy))
-    elif gpu and running[_CUDA] != "ok":
-        faults.append((f"ONNX Runtime cannot use the GPU: {running[_CUDA]}", "pip install 'onnxruntime-gpu[cuda,cudnn]'"))
-    return faults
+        yield "ONNX Runtime does not run on the CPU", "pip install --force-reinstall onnxruntime"
+    if not gpu:
+        return
+    ours, theirs, driver = (_major(toolkits.get(name)) for name in ("onnxruntime", "torch", "driver"))
+    if newest := max(ours, theirs) if 0 < driver < max(ours, theirs) else 0:
+        who = "ONNX Runtime" if ours == newest else "torch"
+        text = f"the driver runs CUDA {toolkits['driver']} at most, and {who} is built for CUDA {newest}"
+        yield text, f"sudo apt-get install nvidia-driver-{_DRIVERS.get(newest, max(_DRIVERS.values()))}"
+    elif not cuda:
+        yield "there is a GPU that torch does not see", "pip install --force-reinstall torch"
+    if ours and theirs and ours != theirs:
+        text = f"ONNX Runtime is built for CUDA {toolkits['onnxruntime']} and torch for CUDA {toolkits['torch']}"
+        yield text, f"pip install --upgrade --force-reinstall {'torch' if theirs < ours else _GPU}"
+    if _CUDA not in running:
+        yield "this ONNX Runtime is built without CUDA", providers.remedy(built=False)
+    elif running[_CUDA] != "ok" and not newest:
+        yield f"ONNX Runtime cannot use the GPU: {running[_CUDA]}", providers.remedy(built=True)
+
+
+def _major(version: str | None) -> int:
+    return int(version.partition(".")[0]) if version else 0
 
 
 def _version(name: str) -> str | None:

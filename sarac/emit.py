@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from sarac.backends.stack import shortened, stack_of
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError, SaracWarning
-from sarac.ir.graph import ModelGraph
+from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
@@ -57,8 +57,7 @@ def export(
     `merge` True folds every adapter (NotFoldable where one is routed), False writes all as subgraphs, None folds what folds.
     Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own; weights are
     folded in float32 and rounded once. `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]".
-    `optimize`: "none", "basic", or "ort" for operators of ONNX Runtime on `provider`, the default for "cuda". `smoke`
-    exports and checks three layers first.
+    `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
     """
     target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
     inputs, spec = _inputs(model, example_inputs)
@@ -69,17 +68,14 @@ def export(
     with _aside(target) as folder:
         if smoke and (stack := stack_of(graph.module)) is not None:
             with shortened(model, stack), shortened(graph.module, stack):
-                form.write(graph.module, inputs, folder / "smoke.onnx", metadata)
-                _compared(model, graph.module, folder / "smoke.onnx", form, spec, inputs)
+                form.write(graph.module, inputs, folder / target.name, metadata)
+                _compared(model, graph.module, folder / target.name, form, spec, inputs)
         tried = time.perf_counter()
         files = form.write(graph.module, inputs, folder / target.name, metadata, _free_data(target))
         exported = time.perf_counter()
         comparisons = _compared(model, graph.module, folder / target.name, form, spec, inputs)
         seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
-        surviving = {site: facts.surviving_delta for site, facts in graph.folded.items()}
-        checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
-        onnx_file.write_metadata(folder / target.name, {"sarac.verification": json.dumps(checked)})
-        layers = onnx_file.read_metadata(folder / target.name)[onnx.LAYERS]
+        layers = _note(folder / target.name, merged, comparisons, graph.folded)
         placed = _placed(files, target)
     return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers)
 
@@ -105,7 +101,7 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
 def _compared(
     model: nn.Module, emitted: nn.Module, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
 ) -> tuple[Comparison, ...]:
-    session = runtime.Session(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
+    session = runtime.Runtime(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
     return compare(model, emitted, session, spec, inputs, form.dtype)
 
 
@@ -136,6 +132,14 @@ def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, pro
         )
     level = optimize or ("ort" if provider == "cuda" else "basic")
     return onnx.Onnx(opset, dynamic, DTYPES[dtype] if dtype is not None else None, level, provider, external)
+
+
+def _note(path: Path, merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str, Folded]) -> str:
+    """Write down in the file what it was checked for; gives what it says of equal layers."""
+    surviving = {site: facts.surviving_delta for site, facts in folded.items()}
+    checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
+    onnx_file.write_metadata(path, {"sarac.verification": json.dumps(checked)})
+    return onnx_file.read_metadata(path)[onnx.LAYERS]
 
 
 def _folded(model: nn.Module, merge: bool | None, dtype: torch.dtype | None) -> ModelGraph:

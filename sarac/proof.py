@@ -13,6 +13,7 @@ from torch import nn
 
 from sarac.backends import runtime
 from sarac.backends.exporting import typed
+from sarac.backends.unseen import unseen_inputs
 from sarac.ir import check
 from sarac.ir.graph import Folded
 from sarac.ir.inputs import Inputs, InputSpec
@@ -101,7 +102,7 @@ class ExportReport:
 def compare(
     model: nn.Module,
     emitted: nn.Module,
-    session: runtime.Session,
+    session: runtime.Runtime,
     spec: InputSpec,
     captured: Inputs,
     dtype: torch.dtype | None = None,
@@ -114,7 +115,7 @@ def compare(
     own = check.coarsest(model)
     wanted, rows = dtype or own, []
     with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
-        unseen = runtime.unseen_inputs(spec, session, captured, model=model)
+        unseen = unseen_inputs(spec, session, captured, model=model)
         judged = emitted is not model and wanted == own
         references = _references(model, own, unseen) if judged else [None] * len(unseen)
         for inputs, reference in zip(unseen, references, strict=True):

@@ -50,8 +50,12 @@ MAY_IMPORT = {
     "passes.choose": "ir.*",
     "passes.rewrite": "ir.*",
     "passes.fold": "ir.*",
-    "backends.runtime": "ir.*",
     "backends.onnx_file": "ir.*",
+    "backends.providers": "",
+    "backends.placement": "backends.onnx_file backends.providers",
+    "backends.binding": "ir.*",
+    "backends.runtime": "ir.* backends.binding backends.placement backends.providers",
+    "backends.unseen": "ir.* backends.runtime",
     "backends.exporting": "ir.* backends.runtime",
     "backends.lift": "ir.*",
     "backends.tidy": "ir.* backends.lift",
@@ -103,7 +107,8 @@ OWNED = {
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
-        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.runtime",
+        "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
+        "backends.placement backends.binding backends.runtime",
     ),
 }
 
@@ -115,7 +120,7 @@ FILE_LINES, FUNCTION_LINES = 300, 40
 PUBLIC = set(
     "analyze transform fold export save load save_adapter load_adapter use adapters disabled recommended_lr trace run plan "
     "Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable CheckFailed "
-    "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Site verify __version__".split()
+    "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Runtime Site verify __version__".split()
 )
 
 

@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typer.testing import CliRunner
 from zoo import bert, close, differ, ids, llama, mlp, outputs, same, shake, trainables
 
 import sarac
-from sarac import doctor, storage, terminal
+from sarac import storage, terminal
 from sarac.backends import lora
 from sarac.cli import app
 from sarac.ir.plan import Plan
@@ -494,26 +493,9 @@ def test_the_doctor_says_what_runs_here() -> None:
     assert found["providers"]["CPUExecutionProvider"] == "ok"
     shown = run("doctor").stdout
     assert "CPUExecutionProvider" in shown
+    assert "CUDA versions" in shown
+    assert set(found["toolkits"]) == {"onnxruntime", "torch", "driver"}
     assert "Nothing is missing" in shown or ": pip " in shown
-
-
-@pytest.mark.parametrize(
-    ("runtimes", "running", "cuda", "fault"),
-    [
-        (["onnxruntime-gpu"], {"CPUExecutionProvider": "ok", "CUDAExecutionProvider": "ok"}, ["H100"], None),
-        (["onnxruntime-gpu"], {"CPUExecutionProvider": "ok", "CUDAExecutionProvider": "no libcublas"}, [], None),
-        (["onnxruntime-gpu"], {"CPUExecutionProvider": "ok", "CUDAExecutionProvider": "no libcublas"}, ["H100"], "libcublas"),
-        (["onnxruntime"], {"CPUExecutionProvider": "ok"}, ["H100"], "without CUDA"),
-        (["onnxruntime", "onnxruntime-gpu"], {"CPUExecutionProvider": "ok"}, [], "both installed"),
-        (["onnxruntime"], {"CPUExecutionProvider": "broken"}, [], "CPU"),
-    ],
-)
-def test_the_doctor_names_a_fault_and_its_remedy(
-    runtimes: list[str], running: dict[str, str], cuda: list[str], fault: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    faults = doctor._faults(dict.fromkeys(runtimes, "1.27"), running, cuda)
-    assert [fault in found and remedy.startswith("pip ") for found, remedy in faults] == ([] if fault is None else [True])
 
 
 # The terminal.

@@ -18,7 +18,7 @@ import sarac
 from sarac import CheckFailed, ExportError, InputError, NotFoldable, RewriteError
 from sarac.backends.onnx import Onnx
 from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata
-from sarac.backends.runtime import Session
+from sarac.backends.runtime import Runtime
 from sarac.ir import check
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted
@@ -152,7 +152,7 @@ def test_half_precision_exports(tmp_path: Path) -> None:
     model = trained(plain().half())
     report = sarac.export(model, tmp_path / "half.onnx", x().half())
     assert report.error <= check.gate(torch.float16)
-    assert Session(report.path).dtypes == {"input": torch.float16}
+    assert Runtime(report.path).dtypes == {"input": torch.float16}
 
 
 def test_fold_that_is_wrong_is_caught(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,10 +164,10 @@ def test_fold_that_is_wrong_is_caught(target: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_runtime_that_fails_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Session, inputs: Inputs) -> dict[str, Tensor]:
+    def fail(self: Runtime, inputs: Inputs) -> dict[str, Tensor]:
         raise InputError("it does not run")
 
-    monkeypatch.setattr(Session, "run", fail)
+    monkeypatch.setattr(Runtime, "run", fail)
     with pytest.raises(InputError):
         sarac.export(trained(plain()), target, x())
     require_untouched(target)
@@ -294,7 +294,7 @@ def test_options_that_do_not_exist_get_a_sentence(choice: dict[str, str], said: 
 )
 def test_the_sizes_that_stay_free(dynamic: str, sizes: tuple[bool, bool], tmp_path: Path) -> None:
     sarac.export(mlp(6, 5), tmp_path / "m.onnx", torch.randn(3, 4, 6), dynamic=dynamic)
-    shape = Session(tmp_path / "m.onnx").shapes["input"]
+    shape = Runtime(tmp_path / "m.onnx").shapes["input"]
     assert tuple(isinstance(size, str) for size in shape) == (*sizes, False)
 
 
@@ -306,7 +306,7 @@ def test_levels_of_optimisation_give_other_graphs_and_the_same_numbers(provider:
         inputs = Inputs((), {"input_ids": torch.arange(16).reshape(2, 8)})
         form.write(model, inputs, tmp_path / f"{level}.onnx", {})
         counts[level] = sum(node_counts(tmp_path / f"{level}.onnx").values())
-        close(Session(tmp_path / f"{level}.onnx").run(inputs)["logits"], inputs.call(model).logits)
+        close(Runtime(tmp_path / f"{level}.onnx").run(inputs)["logits"], inputs.call(model).logits)
     assert counts["none"] > counts["basic"] > counts["ort"]
 
 
@@ -345,7 +345,7 @@ def test_mixed_plan_merges_what_folds_and_routes_the_rest(tmp_path: Path) -> Non
     counts = {}
     for merge in (None, False):
         report = sarac.export(model, tmp_path / f"{merge}.onnx", inputs, merge=merge)
-        found = Session(report.path).run(Inputs.of(inputs))
+        found = Runtime(report.path).run(Inputs.of(inputs))
         close(list(found.values()), [outputs(model, inputs)])
         differ(list(found.values()), [outputs(base, inputs)])
         assert not report.merged
@@ -372,8 +372,8 @@ def test_sara_that_is_not_merged_has_its_subgraph(tmp_path: Path) -> None:
 def test_plain_model_is_exported_and_cannot_be_merged(tmp_path: Path) -> None:
     model, inputs = plain(), x()
     report = sarac.export(model, tmp_path / "m.onnx", inputs)
-    close(list(Session(report.path).run(Inputs.of(inputs)).values()), [outputs(model, inputs)])
-    differ(list(Session(report.path).run(Inputs.of(x())).values()), [outputs(model, inputs)])
+    close(list(Runtime(report.path).run(Inputs.of(inputs)).values()), [outputs(model, inputs)])
+    differ(list(Runtime(report.path).run(Inputs.of(x())).values()), [outputs(model, inputs)])
     assert "sarac.plan" not in read_metadata(report.path)
     assert not report.merged
     for merge in (True, False):
@@ -418,7 +418,7 @@ def test_inputs_that_do_not_serve_are_told(example: Any, said: str, target: Path
 
 def test_spec_serves_as_inputs(tmp_path: Path) -> None:
     report = sarac.export(trained(plain()), tmp_path / "m.onnx", InputSpec.parse(["input:float32[2,6]"]))
-    assert Session(report.path).describe().startswith("input: float32[")
+    assert Runtime(report.path).describe().startswith("input: float32[")
 
 
 def test_inputs_of_the_transform_serve(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_batch_of_one_does_not_fix_the_batch(tmp_path: Path) -> None:
     model = trained(plain())
     report = sarac.export(model, tmp_path / "m.onnx", x(1))
     inputs = x(7)
-    close(list(Session(report.path).run(Inputs.of(inputs)).values()), [outputs(model, inputs)])
+    close(list(Runtime(report.path).run(Inputs.of(inputs)).values()), [outputs(model, inputs)])
     assert len({comparison.inputs for comparison in report.comparisons}) == 2
 
 
@@ -454,7 +454,7 @@ def test_modes_and_statistics_are_left_alone(tmp_path: Path) -> None:
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
     assert all(state.enabled for _, _, state in adapted(model))
     inputs = x()
-    found = list(Session(report.path).run(Inputs.of(inputs)).values())
+    found = list(Runtime(report.path).run(Inputs.of(inputs)).values())
     differ(found, [outputs(model, inputs)])  # dropout is on
     close(found, [outputs(model.eval(), inputs)])
     assert node_counts(report.path)["Dropout"] == 0

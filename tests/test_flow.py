@@ -18,7 +18,7 @@ from zoo import VOCABULARY, Own, close, differ, mlp, outputs
 
 import sarac
 from sarac.backends.onnx_file import matmul_count, read_metadata
-from sarac.backends.runtime import Session, paired
+from sarac.backends.runtime import Runtime, paired
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.inputs import Inputs
@@ -151,7 +151,7 @@ def transformed(name: str, method: str) -> tuple[nn.Module, nn.Module]:
 
 
 def computes_what_torch_does_at_shapes_it_has_not_seen(case: Case) -> None:
-    session = Session(case.report.path)
+    session = Runtime(case.report.path)
     for size in [(1, 1), (1, 9), (5, 4), (3, 7)]:
         inputs = case.inputs(*size)
         ours, theirs = paired(session.run(inputs), result(case.model, inputs))

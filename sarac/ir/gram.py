@@ -212,7 +212,7 @@ def _blocks(weight: Tensor, scale: float) -> Iterator[Tensor]:
 def scale_of(weight: Tensor) -> float:
     """A power of two that brings the largest entry to about 1: squares then neither overflow nor vanish."""
     largest = _largest(weight)
-    return math.ldexp(1.0, -math.frexp(largest)[1]) if largest > 0.0 else 1.0
+    return math.ldexp(1.0, min(1000, -math.frexp(largest)[1])) if largest > 0.0 else 1.0  # denormal float64 would need more
 
 
 def _largest(weight: Tensor) -> float:

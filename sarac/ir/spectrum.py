@@ -18,6 +18,8 @@ from sarac.ir.errors import PlanError, SpectrumError
 # A share of the sum is compared with this many units of float64 rounding to spare for each value summed: without it an
 # identity matrix of n values would miss its exact share k / n by the rounding of the sum.
 SLACK = 8.0 * torch.finfo(torch.float64).eps
+_TOLD = 1e-3  # the share of the sum from which on values that count as zero are told of
+_HUGE = 1e150  # beyond it, and below its inverse, sums and squares leave float64
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,18 @@ class Spectrum:
     @property
     def note(self) -> str:
         """Why a weight, or which of a stack, was not measured the usual way; "" where it was."""
-        told = {i: part._latest.reason for i, part in enumerate(self.matrices) if part._latest.reason}
+        told = {i: said for i, part in enumerate(self.matrices) if (said := part._latest._said)}
         if not told or not self.parts:
             return told.get(0, "")
         first = next(iter(told))
         return f"matrix {first}: {told[first]}" + (f" ({len(told)} such)" if len(told) > 1 else "")
+
+    @property
+    def _said(self) -> str:
+        below = self.values[self.values <= self.floor]
+        share = float((below / self.values[0]).sum() / (self.values / self.values[0]).sum()) if self.values[0] > 0 else 1.0
+        zero = "it is zero" if self.is_zero else f"values that count as zero are {share:.2g} of its sum" if share > _TOLD else ""
+        return "; ".join(filter(None, (self.reason, zero)))
 
     @property
     def complete(self) -> bool:
@@ -132,16 +141,22 @@ class Spectrum:
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor | None]:
         """The sums of the first k values, and bounds on their errors."""
-        kept = self.values > self.floor
-        errors = None if self.errors is None else torch.where(kept, self.errors, 0.0).cumsum(0)
-        return torch.where(kept, self.values, 0.0).cumsum(0), errors
+        kept, unit = self.values > self.floor, self._unit
+        errors = None if self.errors is None else torch.where(kept, self.errors * unit, 0.0).cumsum(0)
+        return torch.where(kept, self.values * unit, 0.0).cumsum(0), errors
 
     @cached_property
     def _squares(self) -> tuple[Tensor, Tensor | None]:
-        kept = self.values > self.floor
-        wide = None if self.errors is None else self.errors * (2.0 * self.values + self.errors)
+        kept, values = self.values > self.floor, self.values * self._unit
+        wide = None if self.errors is None else self.errors * self._unit * (2.0 * values + self.errors * self._unit)
         errors = None if wide is None else torch.where(kept, wide, 0.0).cumsum(0)
-        return torch.where(kept, self.values.square(), 0.0).cumsum(0), errors
+        return torch.where(kept, values.square(), 0.0).cumsum(0), errors
+
+    @property
+    def _unit(self) -> float:
+        """What values are multiplied by before they are summed: shares do not change."""
+        largest = 1.0 if self.rest else float(self.values[0])
+        return 2.0**-600 if largest > _HUGE else 2.0**600 if 0.0 < largest < 1.0 / _HUGE else 1.0
 
     def _rank_at(self, threshold: float, sums: Tensor, errors: Tensor | None, rest: tuple[float, float] | None) -> int:
         """The rank, or 0 where the errors leave it undecided."""

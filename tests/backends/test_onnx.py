@@ -20,7 +20,8 @@ from sarac.backends import exporting
 from sarac.backends import onnx as writer
 from sarac.backends.onnx import Onnx
 from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata, write_metadata
-from sarac.backends.runtime import Session, dynamic_axes, paired, unseen_inputs
+from sarac.backends.runtime import Runtime, paired
+from sarac.backends.unseen import dynamic_axes, unseen_inputs
 from sarac.ir.errors import ExportError, InputError
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import evaluating
@@ -131,7 +132,7 @@ def state(model: nn.Module) -> dict[str, object]:
 
 def compared(model: nn.Module, inputs: Inputs, path: Path) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """ONNX Runtime's outputs beside torch's at two shapes that the capture did not see."""
-    session = Session(path)
+    session = Runtime(path)
     with evaluating(model), torch.no_grad():
         unseen = unseen_inputs(InputSpec.of(inputs), session, inputs, model=model)
         return [paired(session.run(given), given.call(model)) for given in unseen]
@@ -159,7 +160,7 @@ def equals_torch_at_unseen_shapes_and_not_a_changed_model(written: Written) -> N
 
 
 def batch_and_length_are_free_and_the_rest_is_not(written: Written) -> None:
-    session = Session(written.path)
+    session = Runtime(written.path)
     assert {name: len(symbols) for name, symbols in dynamic_axes(session).items()} == written.case.free
     assert read_metadata(written.path)["sarac.shapes"] == "dynamic"
     assert all(str(size) not in "0123456789" for symbols in dynamic_axes(session).values() for size in symbols)
@@ -203,7 +204,7 @@ def a_cache_is_left_out_though_the_model_returns_one(written: Written) -> None:
     cached = isinstance(called, dict) and "past_key_values" in called
     assert cached == hasattr(written.model, "lm_head")
     if cached:
-        assert Session(written.path).outputs == ("logits",)
+        assert Runtime(written.path).outputs == ("logits",)
 
 
 def no_paths_of_this_machine_travel_along(written: Written) -> None:
@@ -238,14 +239,14 @@ def test_a_model_that_cannot_be_captured_dynamically_is_static_and_says_so(tmp_p
     Onnx().write(model, inputs, tmp_path / "m.onnx", {})
     said = read_metadata(tmp_path / "m.onnx")["sarac.shapes"]
     assert said.startswith("static: Gathering cannot be exported to ONNX")
-    assert Session(tmp_path / "m.onnx").shapes == {"x": (1, 4), "scale": (1, 4)}, "one row was given"
+    assert Runtime(tmp_path / "m.onnx").shapes == {"x": (1, 4), "scale": (1, 4)}, "one row was given"
     for ours, theirs in compared(model, inputs, tmp_path / "m.onnx"):
         close(ours, theirs)
 
 
 def test_static_shapes_on_request(tmp_path: Path) -> None:
     Onnx(dynamic="static").write(mlp(4, 3), Inputs((torch.randn(2, 4),)), tmp_path / "m.onnx", {})
-    session = Session(tmp_path / "m.onnx")
+    session = Runtime(tmp_path / "m.onnx")
     assert session.shapes == {"input": (2, 4)}
     assert read_metadata(session.path)["sarac.shapes"] == "static: as asked for"
     with pytest.raises(InputError, match="does not run on these inputs"):
@@ -257,7 +258,7 @@ def test_sizes_of_one_broadcast_and_stay(tmp_path: Path) -> None:
     model = Functional()
     Onnx().write(model, inputs, tmp_path / "m.onnx", {})
     assert read_metadata(tmp_path / "m.onnx")["sarac.shapes"] == "dynamic"
-    assert Session(tmp_path / "m.onnx").shapes["scale"][1:] == (1, 1)
+    assert Runtime(tmp_path / "m.onnx").shapes["scale"][1:] == (1, 1)
     for ours, theirs in compared(model, inputs, tmp_path / "m.onnx"):
         close(ours, theirs)
 
@@ -267,7 +268,7 @@ def test_an_attempt_that_fails_leaves_no_marks_on_the_inputs(tmp_path: Path, mon
     monkeypatch.setattr(exporting, "_free", get_auto_dynamic_shapes)  # sizes of 1 too: torch fails to broadcast them
     Onnx().write(Functional(), inputs, tmp_path / "m.onnx", {})
     assert read_metadata(tmp_path / "m.onnx")["sarac.shapes"].startswith("static: Functional cannot be exported to ONNX")
-    assert Session(tmp_path / "m.onnx").shapes == {"x": (2, 3, 8), "scale": (2, 1, 1)}
+    assert Runtime(tmp_path / "m.onnx").shapes == {"x": (2, 3, 8), "scale": (2, 1, 1)}
 
 
 def test_the_operator_set_is_the_one_asked_for(tmp_path: Path, small: Path) -> None:
@@ -304,7 +305,7 @@ def test_large_weights_lie_beside_and_travel_with_the_file(tmp_path: Path, monke
     assert matmul_count(tmp_path / "moved" / "m.onnx") == 2
     (tmp_path / "moved" / "m.onnx.data").unlink()
     with pytest.raises(ExportError, match="cannot run on cpu"):
-        Session(tmp_path / "moved" / "m.onnx")
+        Runtime(tmp_path / "moved" / "m.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +399,7 @@ def test_outputs_that_are_inputs_or_each_other_keep_their_names(tmp_path: Path) 
 
     inputs = Inputs((torch.randn(2, 4),))
     Onnx().write(Same(), inputs, tmp_path / "m.onnx", {})
-    session = Session(tmp_path / "m.onnx")
+    session = Runtime(tmp_path / "m.onnx")
     assert list(session.shapes) == ["x"]
     assert session.outputs == ("output.x", "y", "again", "tanh")
     for ours, theirs in compared(Same(), inputs, tmp_path / "m.onnx"):

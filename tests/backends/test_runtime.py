@@ -1,25 +1,29 @@
-"""ONNX Runtime: one provider and no other, inputs by name or position, shapes that the capture did not see."""
+"""ONNX Runtime: one provider and no other, inputs by name or position, outputs beside torch's."""
 
-import ctypes
+import copy
+import gc
+import pickle
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zoo import close, differ, same
 
-from sarac.backends import runtime
-from sarac.backends.runtime import Session, dynamic_axes, paired, providers, unseen_inputs
+from sarac.backends.binding import bind
+from sarac.backends.placement import Placement
+from sarac.backends.providers import providers
+from sarac.backends.runtime import Runtime, paired
 from sarac.ir.errors import ExportError, InputError
-from sarac.ir.inputs import Inputs, InputSpec, TensorSpec
+from sarac.ir.inputs import Inputs
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
 TWO = "two (float[batch, 4] x, float[batch, 4] y) => (float[batch, 4] difference, float[batch, 4] x_twice)"
 TWO += " { difference = Sub(x, y)  x_twice = Add(x, x) }"
-TEXT = "text (int64[b0, length] input_ids, int64[b1, length] attention_mask, int64[b0, length] types) => (int64[m, n] sum)"
-TEXT += " { both = Add(input_ids, types)  sum = Mul(both, attention_mask) }"
 FIXED = "fixed (float[2, 3] x) => (float[2, 3] y) { y = Neg(x) }"
 
 x, y = torch.arange(8.0).reshape(2, 4), torch.ones(2, 4)
@@ -29,29 +33,11 @@ x, y = torch.arange(8.0).reshape(2, 4), torch.ones(2, 4)
 def opened(tmp_path: Path):
     """A session on a graph written in ONNX's own notation."""
 
-    def opener(graph: str) -> Session:
+    def opener(graph: str) -> Runtime:
         onnx.save(onnx.parser.parse_model(f"{HEAD} {graph}"), tmp_path / "graph.onnx")
-        return Session(tmp_path / "graph.onnx")
+        return Runtime(tmp_path / "graph.onnx")
 
     return opener
-
-
-def text_inputs(rows: int = 2, columns: int = 8) -> Inputs:
-    ids = torch.randint(2, 50, (rows, columns))
-    return Inputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "types": torch.zeros_like(ids)})
-
-
-class Limited(nn.Module):
-    """Sums like the graph of TEXT, of at most `longest` tokens."""
-
-    def __init__(self, longest: int) -> None:
-        super().__init__()
-        self.longest = longest
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, types: Tensor) -> Tensor:
-        if input_ids.shape[1] > self.longest:
-            raise ValueError("too long")
-        return (input_ids + types) * attention_mask
 
 
 # Running
@@ -116,6 +102,183 @@ def test_inputs_that_do_not_fit_get_a_sentence(opened, capfd, inputs: Inputs, se
     assert capfd.readouterr() == ("", "")
 
 
+# Calling
+
+
+def test_tensors_by_position_or_name_give_tensors_by_name(opened) -> None:
+    runtime = opened(TWO)
+    found = runtime(x, y=y)
+    assert list(found) == ["difference", "x_twice"]
+    same(found, {"difference": x - y, "x_twice": x + x})
+    same(runtime(y=y, x=x), found)
+    differ(runtime(y, x)["difference"], found["difference"])
+    assert found["difference"].device == runtime.device == torch.device("cpu")
+
+
+def test_contiguous_tensors_are_bound_and_others_copied(opened, monkeypatch) -> None:
+    runtime, bound = opened(TWO), {}
+    monkeypatch.setattr(
+        "sarac.backends.runtime.bind", lambda place, port, t: bound.update({port.name: t}) or bind(place, port, t)
+    )
+    crosswise = y.t().contiguous().t()
+    found = runtime(x, crosswise)
+    same(found, {"difference": x - y, "x_twice": x + x})
+    assert bound["x"].data_ptr() == x.data_ptr()
+    assert bound["y"].data_ptr() != crosswise.data_ptr()
+
+
+def test_outputs_go_into_the_callers_buffers(opened) -> None:
+    runtime, buffer = opened(TWO), torch.zeros(2, 4)
+    found = runtime(x, y, out={"difference": buffer})
+    assert found["difference"] is buffer
+    same(found, {"difference": x - y, "x_twice": x + x})
+    runtime(y, x, out={"difference": buffer})
+    same(buffer, y - x)
+    differ(buffer, x - y)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "sentence"),
+    [
+        ("differences", torch.zeros(2, 4), r"no output 'differences' to write into `out`\. Near names: difference"),
+        ("difference", torch.zeros(3, 4), r"of shape \(3, 4\), .* writes torch\.float32 of shape \(2, 4\) on cpu"),
+        ("difference", torch.zeros(2, 4, 1), r"of shape \(2, 4, 1\)"),
+        ("difference", torch.zeros(2, 4).double(), r"is torch\.float64"),
+        ("difference", torch.zeros(4, 2).t(), r"strides \(1, 2\)"),
+        ("difference", torch.zeros(2, 4, device="meta"), "on meta"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_gets_a_sentence(opened, name: str, buffer: Tensor, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        opened(TWO)(x, y, out={name: buffer})
+
+
+def test_a_buffer_of_unknown_size_is_checked_when_it_is_written(opened) -> None:
+    runtime = opened("found (bool[n] x) => (int64[one, m] y) { y = NonZero(x) }")
+    flags, buffer = torch.tensor([True, False, True]), torch.zeros(1, 2, dtype=torch.int64)
+    same(runtime(flags, out={"y": buffer})["y"], torch.tensor([[0, 2]]))
+    with pytest.raises(InputError, match="does not run on these inputs"):
+        runtime(flags, out={"y": torch.zeros(1, 3, dtype=torch.int64)})
+
+
+def test_outputs_outlive_their_runtime_and_each_other(opened) -> None:
+    runtime = opened(TWO)
+    first = runtime(x, y)["difference"]
+    second = runtime(y, x)["difference"]
+    del runtime
+    gc.collect()
+    same([first, second], [x - y, y - x])
+    differ(first, second)
+
+
+def test_one_runtime_serves_threads(opened) -> None:
+    runtime = opened(TWO)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: runtime(x + n, y)["difference"], range(32)))
+    for n, tensor in enumerate(found):
+        same(tensor, x + n - y)
+    differ(found[0], found[1])
+
+
+# Opening, and what is opened
+
+
+def test_a_runtime_says_what_it_is_and_stays_where_it_is(opened) -> None:
+    runtime = opened(TWO)
+    assert repr(runtime) == (
+        f"<Runtime {runtime.path} on cpu: x: float32[batch, 4], y: float32[batch, 4] -> difference, x_twice>"
+    )
+    for away in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ExportError, match=r"pickled or copied: open sarac\.Runtime\('.*graph\.onnx', provider='cpu'\)"):
+            away(runtime)
+
+
+def test_threads_are_as_many_as_torch_has_or_as_asked(opened) -> None:
+    runtime = opened(TWO)
+    assert runtime._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    other = Runtime(runtime.path, threads=torch.get_num_threads() + 1)
+    assert other._session.get_session_options().intra_op_num_threads == torch.get_num_threads() + 1
+    same(runtime(x, y), other(x, y))
+
+
+# CUDA graphs
+
+
+@pytest.fixture
+def on_a_gpu(opened):
+    """A runtime that believes its session to be on a GPU; what it decides from there is the same."""
+
+    def opener(graph: str, **changes: object) -> Runtime:
+        runtime = opened(graph)
+        device = torch.device("cuda", 0)
+        runtime.device = device
+        runtime._inputs, runtime._outputs = (
+            {name: replace(port, device=device) for name, port in some.items()} for some in (runtime._inputs, runtime._outputs)
+        )
+        for name, value in changes.items():
+            setattr(runtime, name, value)
+        return runtime
+
+    return opener
+
+
+def test_a_cuda_graph_needs_fixed_sizes_and_a_device_that_does_it_all(opened, on_a_gpu) -> None:
+    assert on_a_gpu(FIXED)._uncapturable() == ""
+    assert opened(FIXED)._uncapturable().startswith("it runs on the CPU")
+    assert on_a_gpu(TWO)._uncapturable() == "its sizes batch are free."
+    assert "2 x LSTM" in on_a_gpu(FIXED, placement=Placement(0, Counter(LSTM=2)))._uncapturable()
+    runtime = on_a_gpu(FIXED)
+    runtime._inputs = opened(FIXED)._inputs
+    assert runtime._uncapturable() == "x lies on the CPU."
+
+
+def test_the_host_waits_for_the_gpu_only_where_it_has_work_to_do(opened, on_a_gpu) -> None:
+    def waits(runtime: Runtime) -> bool:
+        try:
+            return runtime._run_options().get_run_config_entry("disable_synchronize_execution_providers") != "1"
+        except RuntimeError:
+            return True
+
+    assert not waits(on_a_gpu(TWO))
+    assert waits(opened(TWO))
+    assert waits(on_a_gpu(TWO, placement=Placement(1)))
+    runtime = on_a_gpu(TWO)
+    runtime._inputs = opened(TWO)._inputs
+    assert waits(runtime)
+
+
+def test_insisting_on_a_cuda_graph_without_cuda_gets_a_sentence(opened) -> None:
+    path = opened(FIXED).path
+    with pytest.raises(ExportError, match=r"cannot run as a CUDA graph: it runs on the CPU: open it with provider=\"cuda\""):
+        Runtime(path, cuda_graph=True)
+    assert Runtime(path, cuda_graph=None)._replay is Runtime(path, cuda_graph=False)._replay is None
+
+
+def test_a_capture_replaces_the_run_and_where_it_fails_the_run_stays(opened, monkeypatch) -> None:
+    monkeypatch.setattr(Runtime, "_uncapturable", lambda self: "")
+    plain, value = opened(FIXED), torch.randn(2, 3)
+    runtime = Runtime(plain.path, cuda_graph=True)
+    assert " as a CUDA graph" in repr(runtime)
+    same(runtime(value), {"y": -value})
+    same(runtime.run(Inputs((value + 1,))), {"y": -value - 1})
+    with pytest.raises(InputError, match=r"does not run .*x is of shape \(1, 3\), not \(2, 3\)"):
+        runtime(value[:1])
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("sarac.backends.runtime.Replay", broken)
+    with pytest.raises(ExportError, match=r"as a CUDA graph: operation not permitted when stream is capturing\. Leave"):
+        Runtime(plain.path, cuda_graph=True)
+    opened_as, start = [], Runtime._start
+    monkeypatch.setattr(Runtime, "_start", lambda self, *, graph=False: (opened_as.append(graph), start(self, graph=graph))[1])
+    plain.device = torch.device("cuda", 0)
+    assert plain._captured(None) is None
+    plain.device = torch.device("cpu")
+    assert opened_as == [True, False], "a session that was to be captured, and failed at it, is not kept"
+    same(plain(value), {"y": -value})
+
+
 # Opening
 
 
@@ -125,10 +288,10 @@ def test_a_file_that_is_not_there_or_broken_gets_a_sentence(tmp_path: Path, open
     (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.onnx").write_text("no model at all")
     with pytest.raises(ExportError, match="There is no ONNX file at"):
-        Session(tmp_path / "none.onnx")
+        Runtime(tmp_path / "none.onnx")
     for name in ("half", "text"):
         with pytest.raises(ExportError, match=rf"{name}\.onnx cannot run on cpu: .*export a damaged file again"):
-            Session(tmp_path / f"{name}.onnx")
+            Runtime(tmp_path / f"{name}.onnx")
     assert capfd.readouterr() == ("", "")
 
 
@@ -140,128 +303,14 @@ def test_a_dtype_without_kernels_gets_a_sentence(opened) -> None:
 def test_a_provider_is_taken_at_its_word(opened, tmp_path: Path, capfd) -> None:
     opened(TWO)
     with pytest.raises(ExportError, match="no provider 'gpu': give one of cpu, cuda"):
-        Session(tmp_path / "graph.onnx", "gpu")
+        Runtime(tmp_path / "graph.onnx", "gpu")
     if providers().get("CUDAExecutionProvider") == "ok":
-        session = Session(tmp_path / "graph.onnx", "cuda")
+        session = Runtime(tmp_path / "graph.onnx", "cuda")
         close(session.run(Inputs((x, y)))["difference"], x - y)
         return
     with pytest.raises(ExportError, match=r"cannot run on cuda: (lib\w+\.so|this build of ONNX Runtime has no CUDA)"):
-        Session(tmp_path / "graph.onnx", "cuda")
+        Runtime(tmp_path / "graph.onnx", "cuda")
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_silent_fallback_is_an_error(opened, tmp_path: Path, monkeypatch) -> None:
-    opened(TWO)
-    monkeypatch.setattr(runtime, "_unloadable", lambda provider: "")
-    monkeypatch.setattr(runtime, "PROVIDERS", {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
-    fallen = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: fallen)
-    with pytest.raises(ExportError, match="fell back to CPUExecutionProvider"):
-        Session(tmp_path / "graph.onnx", "cuda")
-    Session(tmp_path / "graph.onnx", "cpu")
-
-
-def test_providers_says_what_loads_and_why_the_rest_does_not(monkeypatch, capfd) -> None:
-    found = providers()
-    assert set(found) == set(onnxruntime.get_available_providers())
-    assert found["CPUExecutionProvider"] == "ok"
-    assert all(reason and "\n" not in reason for reason in found.values())
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("libcudart.so.13: cannot open\nmore")
-
-    monkeypatch.setattr(ctypes, "CDLL", broken)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
-    assert set(providers().values()) == {"libcudart.so.13: cannot open."}
-    assert capfd.readouterr() == ("", "")
-
-
-# Unseen shapes
-
-
-def test_free_sizes_are_told_apart_from_fixed_ones(opened) -> None:
-    assert dynamic_axes(opened(TEXT)) == {
-        "input_ids": ("b0", "length"), "attention_mask": ("b1", "length"), "types": ("b0", "length"),
-    }  # fmt: skip
-    assert dynamic_axes(opened(TWO)) == {"x": ("batch",), "y": ("batch",)}
-    assert dynamic_axes(opened(FIXED)) == {"x": ()}
-    assert dynamic_axes(opened("nameless (float[?, 3] x) => (float[?, 3] y) { y = Neg(x) }")) == {"x": ("x.0",)}
-
-
-def test_unseen_shapes_change_together_and_hold_batch_1_and_more_tokens(opened) -> None:
-    captured = text_inputs()
-    session = opened(TEXT)
-    found = unseen_inputs(InputSpec.of(captured), session, captured, count=4, model=Limited(100))
-    shapes = [{tuple(value.shape) for value in inputs.kwargs.values()} for inputs in found]
-    assert all(len(shape) == 1 for shape in shapes), "b0 and b1 are one batch, under two names"
-    rows, columns = zip(*(shape.pop() for shape in shapes), strict=True)
-    assert 1 in rows
-    assert 2 not in rows
-    assert max(rows) > 2
-    assert max(columns) > 8
-    assert 8 not in columns
-    for inputs in found:
-        same(session.run(inputs)["sum"], inputs.call(Limited(100)))
-
-
-def test_values_stay_in_range_and_masks_stay_masks(opened) -> None:
-    captured = text_inputs()
-    high = int(captured.kwargs["input_ids"].max()) + 1
-    first, second = unseen_inputs(InputSpec.of(captured), opened(TEXT), captured)
-    for inputs in (first, second):
-        assert 0 <= int(inputs.kwargs["input_ids"].min()) <= int(inputs.kwargs["input_ids"].max()) < high
-        assert not inputs.kwargs["types"].any(), "all zero when captured: the model may know no other type"
-    assert first.kwargs["attention_mask"].all()
-    padded = second.kwargs["attention_mask"]
-    assert padded[:-1].all()
-    assert padded[-1, 0]
-    assert not padded[-1, -1]
-
-
-def test_masks_of_bools_keep_their_meaning(opened) -> None:
-    graph = "masked (float[b, n] x, bool[b, n] padding_mask) => (float[b, n] y) { z = Neg(x)  y = Where(padding_mask, z, x) }"
-    for kept in (True, False):
-        captured = Inputs((torch.randn(2, 8),), {"padding_mask": torch.full((2, 8), kept)})
-        for inputs in unseen_inputs(InputSpec.of(captured), opened(graph), captured):
-            assert bool((inputs.kwargs["padding_mask"] == kept).all())
-
-
-def test_shapes_that_torch_rejects_are_passed_over(opened) -> None:
-    captured = text_inputs()
-    found = unseen_inputs(InputSpec.of(captured), opened(TEXT), captured, model=Limited(8))
-    assert len(found) == 2
-    assert all(inputs.kwargs["input_ids"].shape[1] < 8 for inputs in found)
-    longer = unseen_inputs(InputSpec.of(captured), opened(TEXT), captured, model=Limited(100))
-    assert all(inputs.kwargs["input_ids"].shape[1] > 8 for inputs in longer)
-
-
-def test_fixed_shapes_get_other_values(opened) -> None:
-    captured = Inputs((torch.randn(1, 3),))  # one row was given, and two were captured
-    first, second = unseen_inputs(InputSpec.of(captured), opened(FIXED), captured)
-    assert first.args[0].shape == second.args[0].shape == (2, 3)
-    differ(first.args[0], second.args[0])
-
-
-def test_sizes_in_a_formula_stay_as_captured(opened) -> None:
-    graph = onnx.parser.parse_model(
-        f"{HEAD} f (float[b, n] x, float[b, m] twice) => (float[b, k] y) {{ y = Concat<axis=1>(x, twice) }}"
-    )
-    graph.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "2*n"
-    session = opened(TWO)
-    onnx.save(graph, session.path)
-    captured = Inputs((torch.randn(2, 3), torch.randn(2, 6)))
-    for inputs in unseen_inputs(InputSpec.of(captured), Session(session.path), captured):
-        assert [tensor.shape[1] for tensor in inputs.args] == [3, 6]
-        assert inputs.args[0].shape[0] == inputs.args[1].shape[0] != 2
-
-
-def test_what_is_no_tensor_keeps_its_place(opened) -> None:
-    captured = Inputs((x, None, y), {"flag": True})
-    spec = InputSpec((TensorSpec("", "float32", (2, 4)), TensorSpec("", "float32", (2, 4))))
-    found = unseen_inputs(spec, opened(TWO), captured)
-    assert [value is None for value in found[0].args] == [False, True, False]
-    assert found[0].kwargs == {"flag": True}
-    assert found[0].args[0].shape[0] != 2
 
 
 # Outputs

@@ -14,7 +14,7 @@ from zoo import bert, close, differ, gpt2, llama
 from sarac.backends import onnx as writer
 from sarac.backends.onnx import LAYERS, Onnx
 from sarac.backends.onnx_file import node_counts, read_metadata
-from sarac.backends.runtime import Session, paired
+from sarac.backends.runtime import Runtime, paired
 from sarac.backends.stack import shortened, stack_of
 from sarac.ir.inputs import Inputs
 
@@ -120,7 +120,7 @@ def test_repeated_or_whole_the_numbers_are_the_models(name: str, optimize: str, 
     Onnx(optimize=optimize, provider="cuda").write(model, inputs, tmp_path / "m.onnx", {})
     assert read_metadata(tmp_path / "m.onnx")[LAYERS].startswith(said)
     with torch.no_grad():
-        found = Session(tmp_path / "m.onnx").run(inputs)
+        found = Runtime(tmp_path / "m.onnx").run(inputs)
         close(*paired(found, inputs.call(model)))
         parameter = [p for n, p in model.named_parameters() if ".3." in f".{n}" and p.dim() == 2][-1]
         parameter += torch.randn_like(parameter)  # of a layer that stands in the file as a copy
@@ -148,7 +148,7 @@ def test_the_outputs_of_every_layer_stand_under_their_names(tmp_path: Path) -> N
     model = Listing().eval()
     Onnx().write(model, ROWS, tmp_path / "m.onnx", {})
     with torch.no_grad():
-        found, wanted = Session(tmp_path / "m.onnx").run(ROWS), ROWS.call(model)
+        found, wanted = Runtime(tmp_path / "m.onnx").run(ROWS), ROWS.call(model)
     assert {name.replace("_", ".") for name in found} == {name.replace("_", ".") for name in wanted}
     for name, value in wanted.items():
         close(found[name], value)
@@ -178,7 +178,7 @@ def test_weights_that_are_more_than_turned(tmp_path: Path) -> None:
             parameter.normal_(0, 0.3)
         Onnx().write(model, IDS, tmp_path / "m.onnx", {})
         assert read_metadata(tmp_path / "m.onnx")[LAYERS].startswith("repeated: 5")
-        found = Session(tmp_path / "m.onnx").run(IDS)["logits"]
+        found = Runtime(tmp_path / "m.onnx").run(IDS)["logits"]
         close(found, IDS.call(model).logits)
         model.model.layers[3].input_layernorm.weight += 0.5
         differ(found, IDS.call(model).logits)

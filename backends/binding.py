@@ -1,0 +1,124 @@
+"""Torch tensors as ONNX Runtime's inputs and outputs: bound where they lie, and in order with torch's work on the GPU."""
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from sarac.ir.errors import ExportError
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph: its sizes, in letters where they are free, and the device it lies on in a session."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    kind: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, found: Any, memory: Any, device: torch.device) -> "Port":
+        """From what a session on `device` says of it; ExportError for a type that no torch tensor has."""
+        name = re.sub(r"tensor\((.*)\)", r"\1", found.type)
+        dtype = getattr(torch, name, None)  # float and double are aliases in torch too
+        if not isinstance(dtype, torch.dtype):
+            raise ExportError(f"{found.name!r} is of type {found.type}, which no torch tensor has: convert the model.")
+        shape = tuple(f"{found.name}.{axis}" if size is None else size for axis, size in enumerate(found.shape))
+        kind = onnx.TensorProto.DataType.Value(name.upper())
+        return cls(found.name, dtype, shape, kind, device if memory.name == "Cuda" else _HOST)
+
+    def zeros(self) -> Tensor:
+        """A tensor for it; its sizes must be numbers."""
+        return torch.zeros([int(size) for size in self.shape], dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        """Its name, dtype and sizes."""
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def ports(session: Any, device: torch.device) -> tuple[dict[str, Port], dict[str, Port]]:
+    """The inputs and the outputs of a session's graph by name."""
+    inputs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    outputs = zip(session.get_outputs(), session.get_output_memory_infos(), strict=True)
+    first, last = ([Port.of(found, memory, device) for found, memory in pairs] for pairs in (inputs, outputs))
+    return {port.name: port for port in first}, {port.name: port for port in last}
+
+
+def bind(place: Callable[..., None], port: Port, tensor: Tensor) -> Tensor:
+    """Bind an input or output to a contiguous tensor's own memory; gives what must live until the run is over."""
+    memory = tensor if tensor.numel() else tensor.new_empty(1)  # ONNX Runtime refuses the null pointer of an empty tensor
+    place(port.name, tensor.device.type, tensor.device.index or 0, port.kind, list(tensor.shape), memory.data_ptr())
+    return memory
+
+
+def taken(port: Port, value: Any) -> Tensor:
+    """An output in ONNX Runtime's memory as a torch tensor over the same memory."""
+    tensor: Tensor = from_dlpack(value.__dlpack__())
+    return tensor.view(torch.bool) if port.dtype == torch.bool else tensor  # DLPack has bools as bytes
+
+
+class Lane:
+    """The CUDA stream that a session runs on: work waits for work on the GPU, and the host for nothing; none on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()  # ONNX Runtime takes one run at a time on a stream that it was given
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The CUDA provider's options for this stream. Torch's default stream has no number that would do: it is 0."""
+        return {} if self._stream is None else {"user_compute_stream": str(self._stream.cuda_stream)}
+
+    @contextlib.contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Within, the session's work comes after all that torch has queued, and before all that it queues afterwards."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._device)
+        with self._lock:
+            self._stream.wait_stream(current)
+            try:
+                yield
+            finally:
+                current.wait_stream(self._stream)
+
+
+class Replay:
+    """A session's run on buffers that stay where they are, as a CUDA graph asks: inputs are copied in, outputs out."""
+
+    def __init__(self, session: Any, options: Any, lane: Lane, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> None:
+        self._session, self._options, self._lane = session, options, lane
+        self._binding = session.io_binding()
+        # Zeros are in range for every index; what the first run makes of them is thrown away.
+        self._inputs, self._outputs = ({name: port.zeros() for name, port in some.items()} for some in (inputs, outputs))
+        self._held = [bind(self._binding.bind_input, inputs[name], tensor) for name, tensor in self._inputs.items()]
+        self._held += [bind(self._binding.bind_output, outputs[name], tensor) for name, tensor in self._outputs.items()]
+        self._guard = threading.Lock()
+        self._run()  # the first run is the one that is captured
+
+    def __call__(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for inputs of the graph's shapes, in memory of their own or that of `out`."""
+        with self._guard:
+            for name, buffer in self._inputs.items():
+                if values[name].shape != buffer.shape:  # copying would spread a smaller one over the buffer
+                    raise ValueError(f"{name} is of shape {tuple(values[name].shape)}, not {tuple(buffer.shape)}")
+                buffer.copy_(values[name])
+            self._run()
+            return {name: out[name].copy_(t) if name in out else t.clone() for name, t in self._outputs.items()}
+
+    def _run(self) -> None:
+        with self._lane.ordered():
+            self._session.run_with_iobinding(self._binding, self._options)
