@@ -117,7 +117,8 @@ class Choose:
         for name, found in spectra.items():
             parts[rule.governing(sites[name].names)] |= {(name, i): one for i, one in enumerate(found.matrices)}
         ranks: dict[tuple[str, int], int] = {}
-        notes, spent = [], 0
+        further, notes = self._further(graph), []
+        spent = sum(graph.module.get_parameter(name).numel() for name in further)
         for index in [*sorted(i for i in parts if i is not None), *([None] if None in parts or rule.kind == "budget" else [])]:
             one = rule if index is None else rule.overrides[index].rule
             assert one is not None
@@ -130,7 +131,7 @@ class Choose:
         for name, found in spectra.items():
             each = [ranks[name, i] for i in range(len(found.matrices))]
             chosen[name] = at_rank(adapters[name], each if sites[name].parts else each[0])
-        return Plan(chosen, self.text, self._further(graph), note="; ".join(notes))
+        return Plan(chosen, self.text, further, note="; ".join(notes))
 
     def _start(self, rule: Rule, site: Site) -> Adapter:
         """The adapter of a site before its rank is known."""

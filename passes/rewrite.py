@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sarac.ir.adapters import Adapter
 from sarac.ir.cache import Store, store
 from sarac.ir.clone import clone
-from sarac.ir.errors import RewriteError
+from sarac.ir.errors import PlanError, RewriteError
 from sarac.ir.graph import ModelGraph, Region, Site, owners
 from sarac.ir.layers import adapted, compile_forward, install
 from sarac.ir.match import Match, readers
@@ -42,9 +42,16 @@ class Rewrite:
         """The graph with an adapted module and rewritten region graphs."""
         plan = graph.plan
         if plan is None or not plan.sites:
-            raise RewriteError("There is no plan to carry out: run Choose first, or give a plan with at least one site.")
+            raise PlanError("The plan holds no weight to adapt: give one with at least one site, or a rule.")
         if any(True for _ in adapted(graph.module)):
             raise RewriteError("The model is already transformed: fold it first (sarac.fold), or transform the source.")
+        for name in plan.sites:
+            dtype = graph.module.get_parameter(name).dtype
+            if dtype.is_floating_point and dtype.itemsize == 1:
+                raise RewriteError(
+                    f"{name} is stored as {str(dtype).removeprefix('torch.')}, in which torch cannot compute: convert the model, "
+                    "for example with .to(torch.bfloat16), or leave the weight out with `where`."
+                )
         cache = store()
         tensors = {name: self._tensors(graph, graph.site(name), adapter, cache) for name, adapter in plan.sites.items()}
         for name, adapter in plan.sites.items():  # one Parameter under two names, as of tied weights

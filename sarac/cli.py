@@ -202,3 +202,7 @@ def _sentence(facts: dict[str, Any]) -> str:
         f"{facts['out']}: adapters on {facts['sites']} weights; {facts['trainable']:,} numbers train, {share:.2%} of "
         f"{facts['parameters']:,}; recommended rate {facts['recommended_lr']:g}."
     )
+
+
+if __name__ == "__main__":
+    main()

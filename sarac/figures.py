@@ -28,7 +28,7 @@ def spectrum_of(site: Site) -> Spectrum:
 
 def key(threshold: float) -> str:
     """A threshold as tables and JSON name it."""
-    return f"{threshold:g}"
+    return repr(float(threshold)) if threshold != 1 else "1"
 
 
 def row(site: Site, threshold: float, whole: Whole | None = None) -> Row:

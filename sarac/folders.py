@@ -132,6 +132,18 @@ def _known(held: Mapping[str, Entry], seen: ModelGraph) -> Iterator[tuple[str, t
         present = [name for name in names if name in held and held[name].shape == tuple(stored)]
         if present:
             yield site.name, (site, held[min(present)], set(present))
+        else:
+            _require_no_lie(site, stored, [held[name] for name in sorted(names) if name in held])
+
+
+def _require_no_lie(site: Site, stored: torch.Size, entries: list[Entry]) -> None:
+    """Refuse plain numbers under a weight's name in another shape; packed ones have a shape of their own."""
+    for entry in entries:
+        if entry.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and len(entry.shape) == len(stored):
+            raise CheckpointError(
+                f"{entry.file} has {entry.name} of shape {tuple(entry.shape)}, and the model of config.json has {tuple(stored)}: "
+                "the two are not of one model. Fetch the model's files again."
+            )
 
 
 def _reasons(held: Mapping[str, Entry], seen: ModelGraph) -> Iterator[tuple[str, str]]:

@@ -109,7 +109,7 @@ class Analysis:
         adapters = {site.name: build("sara", ranks[site.name] if site.parts else ranks[site.name][0], {}) for site in sites}
         siblings = self.whole.groups(adapters) if self.whole else ()
         return Plan(
-            adapters, f"threshold:{self.threshold:g}", shapes={site.name: site.full_shape for site in sites}, siblings=siblings
+            adapters, f"threshold:{self.threshold!r}", shapes={site.name: site.full_shape for site in sites}, siblings=siblings
         )
 
     def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:

@@ -112,7 +112,7 @@ def header(path: Path) -> dict[str, Entry]:
             content = json.loads(file.read(length).decode())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header is no JSON ({error}). {_AGAIN}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no safetensors file: its header is a JSON {type(content).__name__}. {_AGAIN}")
@@ -180,7 +180,7 @@ def _index(path: Path) -> dict[str, str]:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in places.values()):
             raise ValueError("weight_map does not name files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no index of safetensors ({error}): fetch or write it again.") from error
     return dict(places)
 

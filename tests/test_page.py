@@ -168,7 +168,11 @@ def test_odd_weights_are_drawn(tmp_path: Path) -> None:
         assert (seen["faults"], seen["names"], seen["wide"]) == ([], [one.name for one in sites], seen["width"])
         assert dict(zip(seen["names"], seen["ranks"], strict=True)) == {"zero": "1", "one": "1", "equal": "2", "stack": "1–2"}
         assert dict(zip(seen["names9"], seen["ranks9"], strict=True))["equal"] == "3"
-        assert (seen["filtered"], seen["parts"], seen["first"][:16]) == ([], ["plan"], "7 numbers train,")
+        assert (seen["filtered"], seen["parts"], seen["first"][:16]) == (
+            [],
+            ["plan", "notes"],
+            "7 numbers train,",
+        )  # a zero weight is told of
     made = Analysis((), 0.6, "Empty", 0).report(tmp_path)
     (seen, _) = look(tmp_path, made.read_text(encoding="utf-8"), dark=False)
     assert (seen["faults"], seen["names"], seen["first"][:16]) == ([], [], "0 numbers train,")

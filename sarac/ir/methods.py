@@ -26,7 +26,7 @@ def build(method: str, rank: int | Sequence[int], chosen: Mapping[str, Any]) -> 
     wrong = next((name for name in chosen if name not in known), None)
     if wrong is not None:
         shaping = ["min", "max", "multiple"]  # options of every rule
-        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [*known, *shaping])}")
+        raise PlanError(f"The method {method} has no option {wrong!r}. {near(wrong, [*shaping, *known], len(known) + 3)}")
     kinds = {known[name].name: _read(name, known[name], value) for name, value in chosen.items()}
     parts = () if isinstance(rank, int) else tuple(rank)
     return METHODS[method](rank=max(parts) if parts else rank, parts=parts, **kinds)  # type: ignore[arg-type]  # one or the other

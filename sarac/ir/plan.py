@@ -64,7 +64,7 @@ class Plan:
         """The plan in JSON text; what is wrong with it is a PlanError that names the place."""
         try:
             data = json.loads(text, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
             raise PlanError(f"The plan is not JSON: {error}. Write one with sarac plan MODEL --out plan.json.") from error
         known = isinstance(data, dict) and data.get("sarac_plan") in (1, FORMAT)
         if not known or not isinstance(data.get("sites"), dict):
@@ -98,6 +98,8 @@ class Plan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"The plan {path} is no text in UTF-8: write it again with sarac plan MODEL --out.") from error
 
     def diff(self, other: "Plan") -> dict[str, tuple[Adapter | None, Adapter | None]]:
         """The sites at which two plans differ, with both decisions."""
@@ -166,6 +168,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _adapter(name: str, entry: Any) -> Adapter:
+    given = entry.get("method") if isinstance(entry, dict) else None
+    if isinstance(given, str) and given not in METHODS:
+        raise PlanError(
+            f"The plan's entry for {name} has the unknown method {given!r}: it is one of {', '.join(METHODS)}. {near(given, METHODS)}"
+        )
     if not _method(entry) or not _ranks(entry.get("rank")):
         known = ["method", "rank", *_FACTS, *(options(entry["method"]) if _method(entry) else ())]
         odd = next((key for key in entry if key not in known), None) if isinstance(entry, dict) else None

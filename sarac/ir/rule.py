@@ -137,7 +137,7 @@ class Rule:
 
         least = total(at(_LEAST, _counted))
         if least > budget:
-            fixed = f" Overrides alone train {spent}." if spent else ""
+            fixed = f" Overrides and also_train alone take {spent}." if spent else ""
             raise PlanError(
                 f"The budget of {budget} numbers fits nothing: the least that this plan trains is {least}.{fixed} Give that "
                 "much, or take fewer weights."
@@ -172,7 +172,7 @@ def _head(text: str) -> Rule:
         raise PlanError(
             f"The rule {text!r} is not understood: write threshold:0.6, energy:0.9, rank:16, budget:100000, budget:0.5% or "
             "uniform:like=threshold:0.6, then options such as ,min=4,multiple=8,train=factors, then overrides such as "
-            "; *.o_proj.weight=none. A plan's JSON file is named by its path."
+            "; *.o_proj.weight=none. A plan's JSON file goes where plans go: sarac transform --plan."
         )
     rule = Rule(match[1], _number(match[2]), bool(match[3]))
     if rule.kind in ("threshold", "energy"):
@@ -251,6 +251,6 @@ def _number(text: str) -> float:
 
 
 def _whole(name: str, text: str | None) -> int | None:
-    if text is not None and not text.isdigit():
+    if text is not None and not re.fullmatch(r"[0-9]{1,18}", text):
         raise PlanError(f"The option {name}={text} is not possible: it takes a whole number.")
     return None if text is None else int(text)

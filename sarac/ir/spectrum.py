@@ -174,9 +174,9 @@ class Spectrum:
         return k if reached and (k == 1 or bool(sums[k - 2] + errors[k - 2] < goal - spare)) else 0
 
 
-def require_share(threshold: float) -> None:
-    """Raise PlanError unless the threshold lies in (0, 1]."""
-    if not (math.isfinite(threshold) and 0.0 < threshold <= 1.0):
+def require_share(threshold: Any) -> None:
+    """Raise PlanError unless the threshold is a number in (0, 1]."""
+    if not (isinstance(threshold, int | float) and math.isfinite(threshold) and 0.0 < threshold <= 1.0):
         raise PlanError(f"A threshold is a share in (0, 1]; {threshold!r} is not. Give for example threshold:0.6.")
 
 

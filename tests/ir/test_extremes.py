@@ -1,9 +1,13 @@
 """Weights at the ends of float64 and of what counts as zero: right ranks, and a word on what is left out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from zoo import llama
 
 import sarac
 from sarac.ir.gram import factors, spectrum
@@ -44,3 +48,72 @@ def test_values_that_count_as_zero_are_told_of_where_they_are_much_of_the_sum() 
     assert spectrum(torch.zeros(3, 4)).note == "it is zero"
     analysis = sarac.analyze(nn.Sequential(nn.Linear(256, 256)).requires_grad_(False))
     assert "count as zero" not in analysis.to_json()
+
+
+def test_an_fp8_weight_is_measured_and_not_transformed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model[0].weight = nn.Parameter(torch.randn(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    assert len(sarac.analyze(model).rows()) == 2
+    with pytest.raises(sarac.RewriteError, match=r"0\.weight is stored as float8_e4m3fn.*\.to\(torch\.bfloat16\)"):
+        sarac.transform(model)
+    sarac.transform(model, where="1.weight")
+
+
+def test_a_budget_holds_what_is_trained_whole() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    alone, both = sarac.plan(model, "budget:48"), sarac.plan(model, "budget:48", also_train="*.bias")
+    assert sum(alone.trainable.values()) > sum(both.trainable.values())
+    trained = sarac.transform(model, both)
+    assert sum(p.numel() for p in trained.parameters() if p.requires_grad) <= 48
+    with pytest.raises(sarac.PlanError, match="also_train alone take 32"):
+        sarac.plan(model, "budget:33", also_train="*.bias")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "is not JSON"),
+        (
+            '{"sarac_plan": 2, "sites": {"a": {"method": "mosra", "rank": 3, "train": "factors"}}}',
+            "'mosra': it is one of sara, mosara. Near names: mosara",
+        ),
+        ('{"sarac_plan": 2, "sites": {"a": {"method": "sara", "rank": ' + "9" * 5000 + "}}}", "is not JSON"),
+    ],
+)
+def test_plans_that_no_parser_takes(text: str, said: str) -> None:
+    with pytest.raises(sarac.PlanError, match=said):
+        sarac.Plan.from_json(text)
+
+
+def test_further_wrong_words(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(sarac.PlanError, match="is no text in UTF-8"):
+        sarac.Plan.load(tmp_path / "plan.json")
+    model = nn.Sequential(nn.Linear(8, 8))
+    for rule, said in (("threshold:0.6,min=²", "a whole number"), ("threshold:0.6,mim=3", "min")):
+        with pytest.raises(sarac.PlanError, match=said):
+            sarac.plan(model, rule)
+    with pytest.raises(sarac.PlanError, match="A threshold is a share"):
+        sarac.analyze(model, threshold="0.6")  # type: ignore[arg-type]
+    with pytest.raises(sarac.PlanError, match="holds no weight to adapt"):
+        sarac.transform(model, sarac.Plan({}))
+
+
+def test_a_threshold_is_shown_as_it_was_given() -> None:
+    analysis = sarac.analyze(nn.Sequential(nn.Linear(40, 40)), threshold=0.9000001)
+    assert "0.9000001" in analysis.rows()[0]["ranks"]
+    assert analysis.plan.rule == "threshold:0.9000001"
+
+
+def test_a_shard_that_lies_about_a_shape(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    sarac.analyze(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    save_file({**tensors, name: tensors[name].T.contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(sarac.CheckpointError, match=rf"{name} of shape \(16, 24\), and the model of config.json has \(24, 16\)"):
+        sarac.analyze(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(sarac.CheckpointError, match="header is no JSON"):
+        sarac.analyze(tmp_path)

@@ -199,7 +199,9 @@ def test_budget_counts_what_others_spent() -> None:
     found, rule = spectra(4, 9), Rule.parse("budget:10")
     assert rule.decide(found, cost, 0, spent=4).ranks == Rule.parse("budget:6").decide(found, cost, 0).ranks
     assert rule.decide(found, cost, 0, spent=4).ranks != rule.decide(found, cost, 0).ranks
-    with pytest.raises(PlanError, match=r"the least that this plan trains is 11\. Overrides alone train 9\. Give that much"):
+    with pytest.raises(
+        PlanError, match=r"the least that this plan trains is 11\. Overrides and also_train alone take 9\. Give that much"
+    ):
         rule.decide(found, cost, 0, spent=9)
 
 

@@ -210,7 +210,7 @@ def test_budget_counts_what_overrides_fixed_first() -> None:
     left = 80 - spent["o_proj"] - spent["down_proj"]
     assert rest == chosen(model, f"budget:{left}", where=list(rest)).sites != chosen(model, "budget:80", where=list(rest)).sites
     assert plan.note.startswith("*.down_proj.weight: threshold:")
-    with pytest.raises(PlanError, match=r"fits nothing: .* is 30\. Overrides alone train 18"):
+    with pytest.raises(PlanError, match=r"fits nothing: .* is 30\. Overrides and also_train alone take 18"):
         chosen(model, "budget:29", overrides={"*.o_proj.weight": "rank:9"})
 
 

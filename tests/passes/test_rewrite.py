@@ -25,7 +25,7 @@ from zoo import (
 )
 
 from sarac.ir.adapters import Sara
-from sarac.ir.errors import CheckFailed, RewriteError
+from sarac.ir.errors import CheckFailed, PlanError, RewriteError
 from sarac.ir.graph import fact
 from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
@@ -171,7 +171,7 @@ def test_transforming_twice_is_refused() -> None:
 
 def test_without_a_plan_there_is_nothing_to_do() -> None:
     for graph in (trace(mlp(6, 5)), replace(trace(mlp(6, 5)), plan=Plan({}))):
-        with pytest.raises(RewriteError, match="no plan to carry out: run Choose first"):
+        with pytest.raises(PlanError, match="The plan holds no weight to adapt"):
             run(graph, Rewrite())
 
 
