@@ -75,7 +75,7 @@ def test_a_budget_holds_what_is_trained_whole() -> None:
         ("[" * 100_000, "is not JSON"),
         (
             '{"sarac_plan": 2, "sites": {"a": {"method": "mosra", "rank": 3, "train": "factors"}}}',
-            "'mosra': it is one of sara, mosara. Near names: mosara",
+            "'mosra': .* Near names: mosara",
         ),
         ('{"sarac_plan": 2, "sites": {"a": {"method": "sara", "rank": ' + "9" * 5000 + "}}}", "is not JSON"),
     ],

@@ -66,7 +66,7 @@ def test_plan_can_be_edited_by_hand() -> None:
         ('{"sarac_plan": 3, "sites": {}}', '"sarac_plan": 2'),
         ('{"sarac_plan": 1, "sites": []}', '"sites"'),
         ('{"sarac_plan": 1, "sites": {"a": 3}}', "entry for a needs a method"),
-        ('{"sarac_plan": 1, "sites": {"a": {"method": "lora", "rank": 3}}}', "unknown method 'lora'. Near names: mosara, sara"),
+        ('{"sarac_plan": 1, "sites": {"a": {"method": "lora", "rank": 3}}}', "unknown method 'lora': it is one of sara, mosara"),
         ('{"sarac_plan": 1, "sites": {"a": {"method": "sara"}}}', "a whole rank"),
         ('{"sarac_plan": 1, "sites": {"a": {"method": "sara", "rank": 2.5}}}', "a whole rank"),
         ('{"sarac_plan": 1, "sites": {"a": {"method": "sara", "rank": true}}}', "a whole rank"),
