@@ -170,8 +170,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _adapter(name: str, entry: Any) -> Adapter:
     given = entry.get("method") if isinstance(entry, dict) else None
     if isinstance(given, str) and given not in METHODS:
-        known = f"it is one of {', '.join(METHODS)}. {near(given, METHODS)}"
-        raise PlanError(f"The plan's entry for {name} has the unknown method {given!r}: {known}")
+        kinds = f"it is one of {', '.join(METHODS)}. {near(given, METHODS)}"
+        raise PlanError(f"The plan's entry for {name} has the unknown method {given!r}: {kinds}")
     if not _method(entry) or not _ranks(entry.get("rank")):
         known = ["method", "rank", *_FACTS, *(options(entry["method"]) if _method(entry) else ())]
         odd = next((key for key in entry if key not in known), None) if isinstance(entry, dict) else None
