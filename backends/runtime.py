@@ -18,6 +18,7 @@ from sarac.ir.errors import ExportError, InputError, SaracWarning, near
 from sarac.ir.inputs import Inputs
 
 _CACHES = ("past_key_values", "past_buckets_states", "cache_params", "mems")  # what use_cache adds to the outputs
+_EXACT = {"use_tf32": "0"}  # ONNX Runtime's default rounds float32 products to ten bits, 50 times what a check allows
 _REMEDY = (
     "`sarac doctor` lists what runs here and what is missing; export a damaged file again, or one in a dtype without kernels "
     "there (bfloat16 on a CPU) in another."
@@ -47,7 +48,7 @@ class Runtime:
             raise ExportError(f"There is no provider {provider!r}: give one of {', '.join(PROVIDERS)}.")
         if not self.path.is_file():
             raise ExportError(f"There is no ONNX file at {path}: check the path.")
-        self._threads, self._options = threads, {"device_id": str(device_id)} if provider == "cuda" else {}
+        self._threads, self._options = threads, {"device_id": str(device_id), **_EXACT} if provider == "cuda" else {}
         self.device = _device(device_id) if provider == "cuda" else torch.device("cpu")
         self._lane = Lane(self.device)
         start = self._start()
