@@ -298,11 +298,10 @@ def test_the_sizes_that_stay_free(dynamic: str, sizes: tuple[bool, bool], tmp_pa
     assert tuple(isinstance(size, str) for size in shape) == (*sizes, False)
 
 
-@pytest.mark.parametrize("provider", ["cpu", "cuda"])
-def test_levels_of_optimisation_give_other_graphs_and_the_same_numbers(provider: str, tmp_path: Path) -> None:
+def test_levels_of_optimisation_give_other_graphs_and_the_same_numbers(tmp_path: Path) -> None:
     model, counts = llama(layers=5), {}
     for level in ("none", "basic", "ort"):
-        form = Onnx(optimize=level, provider=provider)
+        form = Onnx(optimize=level, provider="cuda")
         inputs = Inputs((), {"input_ids": torch.arange(16).reshape(2, 8)})
         form.write(model, inputs, tmp_path / f"{level}.onnx", {})
         counts[level] = sum(node_counts(tmp_path / f"{level}.onnx").values())
