@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -55,6 +56,13 @@ def ports(session: Any, device: torch.device) -> tuple[dict[str, Port], dict[str
     return {port.name: port for port in first}, {port.name: port for port in last}
 
 
+def adjustable(session: Any, device: torch.device) -> dict[str, Port]:
+    """The inputs of a session's graph that have a default, by name."""
+    memory = SimpleNamespace(name="Cuda" if device.type == "cuda" else "Cpu")
+    found = [Port.of(one, memory, device) for one in session.get_overridable_initializers()]
+    return {port.name: port for port in found}
+
+
 def bind(place: Callable[..., None], port: Port, tensor: Tensor) -> Tensor:
     """Bind an input or output to a contiguous tensor's own memory; gives what must live until the run is over."""
     memory = tensor if tensor.numel() else tensor.new_empty(1)  # ONNX Runtime refuses the null pointer of an empty tensor
@@ -99,9 +107,19 @@ class Lane:
 class Replay:
     """A session's run on buffers that stay where they are, as a CUDA graph asks: inputs are copied in, outputs out."""
 
-    def __init__(self, session: Any, options: Any, lane: Lane, inputs: Mapping[str, Port], outputs: Mapping[str, Port]) -> None:
-        self._session, self._options, self._lane = session, options, lane
-        self._binding = session.io_binding()
+    def __init__(
+        self,
+        session: Any,
+        options: Any,
+        lane: Lane,
+        inputs: Mapping[str, Port],
+        outputs: Mapping[str, Port],
+        adapters: Any = None,
+    ) -> None:
+        self._session, self._options, self._lane, self._adapters = session, options, lane, adapters
+        batch = next((int(port.shape[0]) for port in inputs.values() if port.shape), 1)
+        self._rows = batch if adapters and adapters.rowwise else 1
+        self._binding = adapters.bound(session, None, self._rows) if adapters else session.io_binding()
         # Zeros are in range for every index; what the first run makes of them is thrown away.
         self._inputs, self._outputs = ({name: port.zeros() for name, port in some.items()} for some in (inputs, outputs))
         self._held = [bind(self._binding.bind_input, inputs[name], tensor) for name, tensor in self._inputs.items()]
@@ -109,9 +127,11 @@ class Replay:
         self._guard = threading.Lock()
         self._run()  # the first run is the one that is captured
 
-    def __call__(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs for inputs of the graph's shapes, in memory of their own or that of `out`."""
+    def __call__(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor], adapter: Any = None) -> dict[str, Tensor]:
+        """The outputs for inputs of the graph's shapes and an adapter, in memory of their own or that of `out`."""
         with self._guard:
+            if self._adapters:
+                self._adapters.bound(self._session, adapter, self._rows)
             for name, buffer in self._inputs.items():
                 if values[name].shape != buffer.shape:  # copying would spread a smaller one over the buffer
                     raise ValueError(f"{name} is of shape {tuple(values[name].shape)}, not {tuple(buffer.shape)}")

@@ -1,7 +1,7 @@
 """ONNX files: a torch module written as one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir
@@ -12,6 +12,7 @@ from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, tw
 from sarac.backends.lift import Weight, lift, settle
 from sarac.backends.stack import shortened, stack_of
 from sarac.backends.stamp import stamped
+from sarac.backends.swap import Swap, by_row
 from sarac.backends.tidy import ROUNDS, finished, fused, tidied
 from sarac.ir.errors import ExportError
 from sarac.ir.inputs import Inputs
@@ -30,6 +31,7 @@ class Onnx:
     or the free ones by name, as in "x[batch,8]". `dtype`: of the weights in the
     file; None for the model's own. `optimize`: "none", "basic" (constants, repetitions) or "ort" (operators that ONNX
     Runtime alone knows, for `provider`). `external`: whether the weights lie in a file beside, "auto" for large ones.
+    `swap`: the adapters' tensors that stay inputs.
     """
 
     opset: int = 20
@@ -38,6 +40,7 @@ class Onnx:
     optimize: str = "basic"
     provider: str = "cpu"
     external: str = "auto"
+    swap: Swap = field(default_factory=Swap)
 
     def write(
         self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str], data: str = ""
@@ -49,10 +52,10 @@ class Onnx:
         inputs, ExportError for whatever else goes wrong.
         """
         inputs = inputs.map(lambda t: t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t)
-        with exporting(model), typed(model, self.dtype):
+        with exporting(model), typed(model, self.dtype), by_row(model, self.swap):
             program, shapes = self._program(model, inputs, two_rows(model, inputs))
         size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-        program.metadata_props.update({SHAPES: shapes, **metadata})
+        program.metadata_props.update({SHAPES: shapes, **metadata, **self.swap.entry()})
         beside = self.external == "always" or (self.external == "auto" and size > LARGEST_FILE)
         if size > TOO_LARGE and not beside:
             raise ExportError(
@@ -89,27 +92,28 @@ class Onnx:
                     program, weights = self._optimised(model, inputs, free)
                     stamped(program, weights, stack)
                 layers = f"repeated: {stack.length} of {stack.name}"
-                return _settled(program, weights, tensors, layers)
+                return self._settled(program, weights, tensors, layers)
             except Exception as error:  # noqa: BLE001 - whatever stands against it, the whole model can still be captured
                 layers = f"whole: {error}"
-        return _settled(*self._optimised(model, inputs, free), tensors, layers)
+        return self._settled(*self._optimised(model, inputs, free), tensors, layers)
 
     def _optimised(self, model: nn.Module, inputs: Inputs, free: Sizes | None) -> tuple[onnx_ir.Model, dict[str, Weight]]:
         program = captured(model, inputs, self.opset, free)
+        self.swap.open(program)
         weights = lift(program, _tensors(model))
         if self.optimize == "ort":
             fused(program, weights, self.provider)
         tidied(program, weights, rounds=0 if self.optimize == "none" else ROUNDS)
         return program, weights
 
-
-def _settled(
-    program: onnx_ir.Model, weights: dict[str, Weight], tensors: Mapping[str, torch.Tensor], layers: str
-) -> onnx_ir.Model:
-    settle(program, weights, tensors.__getitem__)
-    finished(program)
-    program.metadata_props[LAYERS] = layers
-    return program
+    def _settled(
+        self, program: onnx_ir.Model, weights: dict[str, Weight], tensors: Mapping[str, torch.Tensor], layers: str
+    ) -> onnx_ir.Model:
+        settle(program, weights, tensors.__getitem__)
+        finished(program)
+        self.swap.close(program, self.dtype)
+        program.metadata_props[LAYERS] = layers
+        return program
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,18 +1,22 @@
 """ONNX files in ONNX Runtime: held to one provider, run on torch tensors without copies, outputs paired with torch's."""
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import onnxruntime
 import torch
 from torch import Tensor
 
-from sarac.backends.binding import Lane, Replay, bind, ports, taken
+from sarac.backends import onnx_file
+from sarac.backends.binding import Lane, Replay, adjustable, bind, ports, taken
 from sarac.backends.placement import placement
 from sarac.backends.providers import PROVIDERS, Start, reason, started
+from sarac.backends.tenants import Adapters, Chosen
 from sarac.ir.check import leaves
 from sarac.ir.errors import ExportError, InputError, SaracWarning, near
 from sarac.ir.inputs import Inputs
@@ -30,6 +34,7 @@ class Runtime:
 
     `runtime(*tensors, **tensors)` runs it. `cuda_graph` None captures one where it can be, True insists, False never does;
     `threads` on the CPU are as many as torch has. A node that computes on the CPU beside CUDA draws a SaracWarning.
+    `adapters` holds those of a swappable export: `runtime.adapters.add("mine", "mine.onnx_adapter")`.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Runtime:
         self._inputs, self._outputs = ports(self._session, self.device)
         self.shapes, self.dtypes = ({n: getattr(p, what) for n, p in self._inputs.items()} for what in ("shape", "dtype"))
         self.outputs = tuple(self._outputs)
+        open_to = adjustable(self._session, self.device)
+        self.adapters = Adapters(open_to, self.path, onnx_file.read_metadata(self.path), self.device)
         self._settings = self._run_options()
         self._replay = self._captured(cuda_graph)
         if str(self.placement):
@@ -68,17 +75,25 @@ class Runtime:
                 stacklevel=2,
             )
 
-    def __call__(self, *args: Any, out: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, *args: Any, out: Mapping[str, Tensor] | None = None, adapter: Chosen | EllipsisType = ..., **kwargs: Any
+    ) -> dict[str, Tensor]:
         """The outputs by name on the runtime's device, for tensors by position or by the graph's names.
 
         Tensors that are contiguous and lie where the graph reads them are not copied. An output that `out` has a tensor
-        for is written into it; InputError where inputs or buffers do not fit the graph.
+        for is written into it. `adapter`: one of `adapters` by name, one for each row of a batch, or None for the base;
+        without it, what `use` chose. InputError where inputs, buffers or adapters do not fit the graph.
         """
-        return self._launch(Inputs(args, kwargs), out or {})
+        return self._launch(Inputs(args, kwargs), out or {}, self.adapters.active if adapter is ... else adapter)
 
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
+    def use(self, adapter: Chosen) -> None:
+        """Choose the adapter of the runs to come, or one for each of their rows, or None for the base."""
+        self.adapters.require(adapter, None)
+        self.adapters.active = adapter
+
+    def run(self, inputs: Inputs, adapter: Chosen = None) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""
-        return {name: tensor.cpu() for name, tensor in self._launch(inputs, {}).items()}
+        return {name: tensor.cpu() for name, tensor in self._launch(inputs, {}, adapter).items()}
 
     def feed(self, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors of `inputs` by the names of the graph's inputs: keywords by name, arguments by position.
@@ -118,19 +133,23 @@ class Runtime:
             f"sarac.Runtime({str(self.path)!r}, provider={self.provider!r}) where it is needed."
         )
 
-    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
         values = {name: tensor.detach().to(self._inputs[name].device).contiguous() for name, tensor in self.feed(inputs).items()}
         self._require_buffers(out, values)
+        self.adapters.require(adapter, next((t.shape[0] for t in values.values() if t.dim()), None))
         try:
-            return self._replay(values, out) if self._replay else self._bound(values, out)
+            if self._replay:
+                return self._replay(values, out, adapter)
+            with self.adapters.lock if self.adapters else contextlib.nullcontext():
+                return self._bound(values, out, adapter)
         except Exception as error:
             raise InputError(
                 f"{self.path.name} does not run on these inputs ({inputs.describe()}): {reason(error)} It takes "
                 f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
             ) from error
 
-    def _bound(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        binding = self._session.io_binding()
+    def _bound(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
+        binding = self.adapters.bound(self._session, adapter)
         held = [bind(binding.bind_input, self._inputs[name], tensor) for name, tensor in values.items()]
         for name, port in self._outputs.items():
             if name in out:
@@ -184,7 +203,7 @@ class Runtime:
             try:
                 self._session, why = (start := self._start(graph=True)).session, start.reason
                 if not why:
-                    return Replay(self._session, self._settings, self._lane, self._inputs, self._outputs)
+                    return Replay(self._session, self._settings, self._lane, self._inputs, self._outputs, self.adapters)
             except Exception as error:  # noqa: BLE001 - an operator may do anything that a capture forbids
                 why = reason(error)
             self._session = self._start().session

@@ -61,7 +61,8 @@ class _Match:
             if len(layers) > 1:
                 raise Unlike(f"{value.name} is made of the weights of several layers")
             return layers.pop() if layers else -1
-        return next((layer for layer in range(KEPT) if self._numbered(str(value.name), layer)), -1)
+        own = self.stack.group(str(value.name))
+        return own if own >= 0 else next((layer for layer in range(KEPT) if self._numbered(str(value.name), layer)), -1)
 
     def _numbered(self, name: str, layer: int) -> bool:
         """Whether an input or output is one of a row, one a layer, and this layer's."""
@@ -117,8 +118,16 @@ class _Match:
             return None
         weight = self.weights.get(str(value.name))
         if weight is None:
-            return next((self.ports[name] for name in _next(str(value.name), self.stack.period) if name in self.ports), None)
+            return next((self.ports[name] for name in self.moves(str(value.name), 1) if name in self.ports), None)
         return self.by_weight.get(renamed(weight, lambda name: self.stack.moved(name, 1)))
+
+    def moves(self, name: str, step: int) -> Iterator[str]:
+        """What an input or output may be called so many layers on: by its place in the stack, or with a number raised."""
+        if self.stack.group(name) >= 0:
+            yield self.stack.moved(name, step)
+        else:
+            for found in _NUMBER.finditer(name):
+                yield _put(name, found, int(found[0]) + step * self.stack.period)
 
     def _require_chain(self) -> None:
         """What the third layer reads of the second must be what the second's copies will give."""
@@ -172,7 +181,7 @@ def _copied(match: _Match, before: dict[Value, Value], step: int) -> dict[Value,
             two.shape = one.shape if _sizes(one) <= match.sizes else None  # what depends on values is another size in a copy
             copy[one] = two
             if one.is_graph_output():
-                two.name = next(_next(str(one.name), step * match.stack.period))
+                two.name = next(match.moves(str(one.name), step))
                 match.graph.outputs.append(two)
         match.graph.append(new)
     return copy
@@ -183,7 +192,7 @@ def _port(match: _Match, value: Value, step: int) -> Value:
     name, weight = str(value.name), match.weights.get(str(value.name))
     moved = match.stack.moved(name, step)
     if weight is None:
-        moved = next(_next(name, step * match.stack.period))
+        moved = next(match.moves(name, step))
     elif moved == name:
         moved = f"{name}.{step}"
     new = Value(name=moved, shape=value.shape, type=value.type)
@@ -201,6 +210,9 @@ def _rows(match: _Match) -> dict[str, str]:
         name = str(value.name)
         if match.level.get(value) != 1 or name in match.weights:
             continue
+        if match.stack.group(name) >= 0:
+            moved[match.stack.moved(name, 1)] = match.stack.moved(name, 1 + match.stack.groups - KEPT)
+            continue
         here = next((f for f in _NUMBER.finditer(name) if _put(name, f, int(f[0]) + period) in match.ports), None)
         if here is None:
             raise Unlike(f"{name} is an input or output of one layer alone")
@@ -216,11 +228,6 @@ def _sizes(value: Value) -> set[str]:
 
 def _put(name: str, found: re.Match[str], number: int) -> str:
     return f"{name[: found.start()]}{number}{name[found.end() :]}"
-
-
-def _next(name: str, by: int) -> Iterator[str]:
-    """The name with one of its numbers raised."""
-    return (_put(name, found, int(found[0]) + by) for found in _NUMBER.finditer(name))
 
 
 def _equal(one: Value, two: Value) -> bool:

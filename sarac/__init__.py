@@ -27,6 +27,7 @@ from sarac.proof import ExportReport
 from sarac.shelf import adapters, use
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
+from sarac.swapping import save_onnx_adapter
 from sarac.trace import trace
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "run",
     "save",
     "save_adapter",
+    "save_onnx_adapter",
     "trace",
     "transform",
     "use",

@@ -33,7 +33,7 @@ _DATA = "JSONL: rows with text, or with prompt and completion, of which the comp
 _EVAL = "JSONL on which the loss is measured before and after."
 _LR = "Default: what sarac.recommended_lr gives for the adapters."
 _SOURCE = "A model.pt, a PEFT folder, or an adapter file of sarac.save_adapter's (.safetensors)."
-_TARGET = "Its name says the form: .pt a whole model, .safetensors the adapters alone, else a new PEFT folder."
+_TARGET = "Its name says the form: .pt a model, .safetensors its adapters, .onnx_adapter those for ONNX Runtime, else PEFT."
 _BASE = "The model under a PEFT folder or an adapter file. Default: the folder that a PEFT folder names, if it is here."
 _LAYOUT = "padded: one rank, which every server reads rightly; pattern: each weight's own, smaller. Default: padded."
 _MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that loses is told."
@@ -42,6 +42,7 @@ _NO_CACHE = "Measure anew what was measured before, and keep nothing. The cache:
 _FORCE = "Load an adapter file onto another base than it was trained on."
 _DYNAMIC = 'Which sizes stay free: all that can, none, or by name as in "input_ids[batch,length]".'
 _OPTIMIZE = "Operators that ONNX Runtime alone knows (ort), folded constants (basic). Default: ort for cuda, else basic."
+_SWAPPABLE = "Leave the adapters open, to swap in at run time: one at a time, or with =rowwise one for each row of a batch."
 _OPSET = "The ONNX operator set to write."
 
 
@@ -99,6 +100,7 @@ Dtype = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of 
 Dynamic = Annotated[str, typer.Option(metavar="auto|static|SIZES", help=_DYNAMIC)]
 Optimize = Annotated[Literal["none", "basic", "ort"] | None, typer.Option(help=_OPTIMIZE)]
 External = Annotated[Literal["auto", "always", "never"], typer.Option(help="Whether the weights lie in a file beside.")]
+Swappable = Annotated[Literal["whole", "rowwise"] | None, typer.Option("--swappable", metavar="[=rowwise]", help=_SWAPPABLE)]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Export and check three layers first: seconds.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", metavar="FILE", dir_okay=False, help="What came out, as JSON.")]
 Opset = Annotated[int, typer.Option(help=_OPSET)]

@@ -22,7 +22,7 @@ from sarac.ir.cache import switched
 from sarac.ir.processes import first, joined
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
-from sarac.terminal import Commands, busy, meter, show, width
+from sarac.terminal import Commands, Swapping, busy, meter, show, width
 from sarac.trace import trace
 
 app = typer.Typer(
@@ -168,7 +168,7 @@ def finetune(
 
 
 app.command(epilog="Example: sarac fold model.pt --out merged/")(commands.fold)
-app.command(epilog="Example: sarac export --merge model.pt out.onnx")(commands.export)
+app.command(cls=Swapping, epilog="Example: sarac export --merge model.pt out.onnx")(commands.export)
 app.command(epilog="Example: sarac verify model.pt out.onnx")(commands.verify)
 app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
 

@@ -53,6 +53,7 @@ def export(
     model: take.Source,
     onnx: take.OnnxFile,
     merge: take.Merge = None,
+    swappable: take.Swappable = None,
     opset: take.Opset = 20,
     dtype: take.Dtype = None,
     dynamic: take.Dynamic = "auto",
@@ -81,6 +82,7 @@ def export(
         opened, report = _folded(opened, routing, calibration, tokenizer)
         merge, approximation = None, report.approximation
     form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
+    form["swappable"] = {None: False, "whole": True}.get(swappable, swappable)
     with busy("Exporting"):
         written_file = emit.export(opened, onnx, spec, merge=merge, provider=provider, external_data=external_data, **form)
     said = json.dumps({**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation})

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from sarac import storage
-from sarac.backends import lora, peft
+from sarac.backends import lora, peft, tenants
 from sarac.checkpoint import Adapters, read_adapter, read_model, tensors_of
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, CheckpointError, RewriteError
 from sarac.ir.record import record_of
 from sarac.shelf import adapters
+from sarac.swapping import save_onnx_adapter
 
-Form = Literal["model", "adapter", "peft"]
+Form = Literal["model", "adapter", "peft", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Conversion:
 
     def sentence(self) -> str:
         """The conversion in words."""
-        said = {"model": "a model.pt", "adapter": "an adapter file", "peft": f"a LoRA of rank {self.rank}"}[self.form]
+        said = {"model": "a model.pt", "adapter": "an adapter file", "peft": f"a LoRA of rank {self.rank}"}.get(
+            self.form, "an ONNX Runtime adapter"
+        )
         worst = max(self.errors, key=lambda site: self.errors[site], default="")
         cut = self.errors.get(worst, 0.0)
         lost = f"; --max-rank cut off at most {cut:.2%} of a change, at {worst}" if cut else ""
@@ -55,7 +58,8 @@ def form_of(path: Path) -> Form:
 
 def form_to_be(path: Path) -> Form:
     """What to write at a path, by its name."""
-    return {".pt": "model", ".pth": "model", ".safetensors": "adapter"}.get(path.suffix, "peft")  # type: ignore[return-value]
+    suffixes: dict[str, Form] = {".pt": "model", ".pth": "model", ".safetensors": "adapter", ".onnx_adapter": "onnx"}
+    return suffixes.get(path.suffix, "peft")
 
 
 def adapt(base: nn.Module, path: Path, force: bool) -> nn.Module:
@@ -75,6 +79,7 @@ def convert(model: nn.Module, target: Path, *, layout: str = "padded", max_rank:
         "model": lambda aside: _model(model, sites, aside),
         "adapter": lambda aside: _adapter(model, sites, aside),
         "peft": lambda aside: _peft(model, aside, layout, max_rank),
+        "onnx": lambda aside: _onnx(model, sites, aside),
     }
     try:
         with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as aside:
@@ -92,6 +97,14 @@ def _model(model: nn.Module, sites: Adapters, path: Path) -> Conversion:
     storage.save(model, path)
     _require_same(sites, read_model(path).adapters)
     return Conversion(path, "model", len(sites))
+
+
+def _onnx(model: nn.Module, sites: Adapters, path: Path) -> Conversion:
+    save_onnx_adapter(model, path)
+    found, _, _ = tenants.read_adapter(path)
+    own = {name: {"": tensor} for name, tensor in found.items()}
+    _require_same({name: {"": sites[name.rpartition(".sara_")[0]][name.rpartition(".sara_")[2]]} for name in own}, own)
+    return Conversion(path, "onnx", len(sites))
 
 
 def _adapter(model: nn.Module, sites: Adapters, path: Path) -> Conversion:

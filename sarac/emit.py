@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
 from sarac.proof import Comparison, ExportReport, compare
+from sarac.swapping import compare_swaps, swap_for
 from sarac.text import input_spec
 from sarac.trace import trace
 
@@ -51,6 +52,7 @@ def export(
     optimize: str | None = None,
     external_data: str = "auto",
     smoke: bool = False,
+    swappable: bool | str = False,
 ) -> ExportReport:
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
@@ -58,18 +60,26 @@ def export(
     Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own; weights are
     folded in float32 and rounded once. `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]".
     `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
+    `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", each row its
+    own. It is checked with the model's own adapter, another, and none.
     """
     target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
-    inputs, spec = _inputs(model, example_inputs)
+    if swap := swap_for(model, swappable):
+        form, merge = replace(form, swap=swap), _unmerged(merge)
+    return _emitted(model, target, form, merge, smoke, *_inputs(model, example_inputs))
+
+
+def _emitted(
+    model: nn.Module, target: Path, form: onnx.Onnx, merge: bool | None, smoke: bool, inputs: Inputs, spec: InputSpec
+) -> ExportReport:
+    """Fold, write aside, hold it against torch, note in the file what came of it, and put it in place."""
     started = time.perf_counter()
     graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
     with _aside(target) as folder:
-        if smoke and (stack := stack_of(graph.module)) is not None:
-            with shortened(model, stack), shortened(graph.module, stack):
-                form.write(graph.module, inputs, folder / target.name, metadata)
-                _compared(model, graph.module, folder / target.name, form, spec, inputs)
+        if smoke:
+            _tried(model, graph.module, folder / target.name, form, spec, inputs, metadata)
         tried = time.perf_counter()
         files = form.write(graph.module, inputs, folder / target.name, metadata, _free_data(target))
         exported = time.perf_counter()
@@ -77,7 +87,24 @@ def export(
         seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
         layers = _note(folder / target.name, merged, comparisons, graph.folded)
         placed = _placed(files, target)
-    return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers)
+    open_to = "" if not form.swap else "rowwise" if form.swap.rowwise else "whole"
+    return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers, open_to)
+
+
+def _tried(
+    model: nn.Module,
+    emitted: nn.Module,
+    path: Path,
+    form: onnx.Onnx,
+    spec: InputSpec,
+    inputs: Inputs,
+    metadata: Mapping[str, str],
+) -> None:
+    """The whole way with three layers, if the model is a stack of equal ones."""
+    if (stack := stack_of(emitted)) is not None:
+        with shortened(model, stack), shortened(emitted, stack):
+            form.write(emitted, inputs, path, metadata)
+            _compared(model, emitted, path, form, spec, inputs)
 
 
 def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, provider: str = "cpu") -> ExportReport:
@@ -102,7 +129,15 @@ def _compared(
     model: nn.Module, emitted: nn.Module, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
 ) -> tuple[Comparison, ...]:
     session = runtime.Runtime(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
+    if session.adapters:
+        return compare_swaps(model, session, spec, inputs, form.dtype)
     return compare(model, emitted, session, spec, inputs, form.dtype)
+
+
+def _unmerged(merge: bool | None) -> bool:
+    if merge:
+        raise ExportError("merge=True leaves no adapter to swap: give merge or swappable, not both.")
+    return False
 
 
 def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, provider: str, external: str) -> onnx.Onnx:

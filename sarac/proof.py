@@ -48,6 +48,7 @@ class ExportReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "float32"
     layers: str = ""
+    swappable: str = ""
 
     @property
     def error(self) -> float:
@@ -77,6 +78,7 @@ class ExportReport:
                 "layers": self.layers,
                 "bytes": sum(file.stat().st_size for file in self.files if file.exists()),
                 "routed": list(self.routed),
+                "swappable": self.swappable,
                 "error": self.error,
                 "max_error": self.max_error,
                 "surviving_delta": {"worst_site": site, "lost": share},
@@ -89,6 +91,7 @@ class ExportReport:
     def table(self) -> Table:
         """The comparisons as a rich table."""
         kind = "merged" if self.merged else "adapters in the graph" if self.routed else "as it is"
+        kind = {"whole": "adapters swap in", "rowwise": "each row takes its own adapter"}.get(self.swappable, kind)
         table = Table(title=f"{self.path.name}: {kind}", title_justify="left")
         table.add_column("inputs")
         for heading in ("ONNX error", "largest", "merged error", "largest"):

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sarac.ir.errors import PlanError, SaracError, SaracWarning
 from sarac.ir.processes import first
@@ -37,6 +37,16 @@ class Commands(TyperGroup):
             except SaracError as error:
                 _say("Error: ", "bold red", str(error))
                 raise typer.Exit(2 if isinstance(error, PlanError) else 1) from error
+
+
+class Swapping(TyperCommand):
+    """A command with an option --swappable that may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give the option its value where it has none."""
+        valued = [f"{word}=whole" if word == "--swappable" and after not in ("whole", "rowwise") else word
+                  for word, after in zip(args, [*args[1:], ""], strict=True)]  # fmt: skip
+        return super().parse_args(ctx, valued)
 
 
 def show(as_json: bool, document: str, *parts: RenderableType) -> None:

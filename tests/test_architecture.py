@@ -54,14 +54,16 @@ MAY_IMPORT = {
     "backends.providers": "",
     "backends.placement": "backends.onnx_file backends.providers",
     "backends.binding": "ir.*",
-    "backends.runtime": "ir.* backends.binding backends.placement backends.providers",
+    "backends.swap": "ir.*",
+    "backends.tenants": "ir.* backends.binding backends.swap",
+    "backends.runtime": "ir.* backends.binding backends.onnx_file backends.placement backends.providers backends.tenants",
     "backends.unseen": "ir.* backends.runtime",
     "backends.exporting": "ir.* backends.runtime",
     "backends.lift": "ir.*",
     "backends.tidy": "ir.* backends.lift",
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
-    "backends.onnx": "ir.* backends.exporting backends.lift backends.stack backends.stamp backends.tidy",
+    "backends.onnx": "ir.* backends.exporting backends.lift backends.stack backends.stamp backends.swap backends.tidy",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
     "capture": "ir.*",
@@ -85,13 +87,14 @@ MAY_IMPORT = {
     "folders": "ir.* passes.* trace recipe report shards",
     "surgery": "ir.* passes.* trace recipe report planning storage folders",
     "proof": "ir.* backends.* surgery",
-    "emit": "ir.* passes.* backends.* trace checkpoint proof surgery text",
+    "swapping": "ir.* backends.* checkpoint proof surgery",
+    "emit": "ir.* passes.* backends.* trace checkpoint proof surgery swapping text",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
     "arguments": "ir.* planning recipe storage",
     "plans": "ir.* passes.* trace checkpoint planning terminal arguments",
-    "convert": "ir.* backends.* checkpoint shelf storage",
+    "convert": "ir.* backends.* checkpoint shelf storage swapping",
     "commands": "ir.* backends.* proof surgery shelf storage emit text terminal arguments convert",
     "cli": "ir.* passes.* folders trace checkpoint report surgery storage text finetune doctor terminal arguments commands plans",
 }
@@ -108,7 +111,7 @@ OWNED = {
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
-        "backends.placement backends.binding backends.runtime",
+        "backends.placement backends.binding backends.runtime backends.swap backends.tenants",
     ),
 }
 
@@ -118,9 +121,10 @@ NO_ROOMS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
-    "analyze transform fold export save load save_adapter load_adapter use adapters disabled recommended_lr trace run plan "
-    "Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable CheckFailed "
-    "InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph Runtime Site verify __version__".split()
+    "analyze transform fold export save load save_adapter save_onnx_adapter load_adapter use adapters disabled recommended_lr "
+    "trace run plan Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable "
+    "CheckFailed InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph "
+    "Runtime Site verify __version__".split()
 )
 
 

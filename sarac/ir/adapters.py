@@ -26,7 +26,7 @@ from torch import Tensor
 from sarac.ir.errors import NotFoldable
 from sarac.ir.gram import factors
 from sarac.ir.start import Factors, Tensors, each, product, require, require_ranks, small, stacked, svd_tensors
-from sarac.ir.terms import LINEAR, How, add, mix, project, score
+from sarac.ir.terms import LINEAR, How, add, mix, project, scaled, score
 
 TRAINS = ("singular_values", "factors")
 INITS = ("svd", "random")
@@ -143,7 +143,8 @@ class Sara:
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """y + U ((δ ⊙ s) ⊙ V x)."""
         values = tensors["shift"] * tensors["scale"]
-        h = project(x, tensors["v"], how) * (values.unsqueeze(-2) if self.parts else values)
+        h = project(x, tensors["v"], how)
+        h = h * values.unsqueeze(-2) if self.parts else scaled(h, values)
         return add(y, h, tensors["u"], how)
 
     def delta(self, tensors: Tensors) -> Tensor:
@@ -230,8 +231,8 @@ class MoSara:
     def gates(self, h: Any, tensors: Tensors) -> Any:
         """The gates (…, sets) for projections h = V x of shape (…, k)."""
         if self.bottleneck:
-            h = score(h, tensors["router_in"])
-        scores = score(h, tensors["router"])
+            h = score(h, tensors["router_in"], bool(self.parts))
+        scores = score(h, tensors["router"], bool(self.parts))
         soft = torch.softmax(scores, -1)
         kind, _, count = self.router.partition(":")
         if kind == "topk":
@@ -250,7 +251,7 @@ class MoSara:
             seen = project(x, tensors["gate_v"], how) if self.router_of else h
             return add(y, mix(h, self.gates(seen, tensors), shift, scale), tensors["u"], how)
         values = shift.mean(-2) * scale
-        return add(y, h * (values.unsqueeze(-2) if self.parts else values), tensors["u"], how)
+        return add(y, h * values.unsqueeze(-2) if self.parts else scaled(h, values), tensors["u"], how)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""

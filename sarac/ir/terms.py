@@ -58,19 +58,31 @@ def add(y: Tensor, h: Tensor, u: Tensor, how: How = LINEAR) -> Tensor:
 
 
 @leaf
-def score(h: Tensor, router: Tensor) -> Tensor:
-    """R h in the router's dtype, shape (…, sets), from h (…, k) and R (sets, k) or (parts, sets, k)."""
+def scaled(h: Tensor, values: Tensor) -> Tensor:
+    """h ⊙ λ, shape (…, k), from h (…, k) and λ (k,), or (rows, k) where each row of a batch has its own."""
+    return h * _spread(values, h.ndim - values.ndim if values.ndim > 1 else 0)
+
+
+@leaf
+def score(h: Tensor, router: Tensor, stack: bool = False) -> Tensor:
+    """R h in the router's dtype, shape (…, sets), from h (…, k) and R (sets, k), (rows, sets, k) or, of a stack, (parts, …)."""
     with _without_autocast(h):
-        return _projected(h.to(router.dtype), router, LINEAR)
+        h = h.to(router.dtype)
+        return _projected(h, router, LINEAR) if stack or router.ndim == 2 else _by_row(h, router.mT)
 
 
 @leaf
 def mix(h: Tensor, gates: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """h ⊙ Σ_i g_i δ_i ⊙ s, shape (…, k), from h (…, k), gates (…, sets), δ (sets, k) and s (k,), or a stack of both."""
+    """h ⊙ Σ_i g_i δ_i ⊙ s, shape (…, k), from h (…, k), gates (…, sets), δ (sets, k) and s (k,), or a stack of both.
+
+    A δ of shape (rows, sets, k) with an s of shape (k,) has one for each row of a batch.
+    """
     for observer in _observers:
         observer(shift, gates)
     with _without_autocast(h):
-        return h * ((gates.to(shift.dtype) @ shift) * (scale if scale.ndim == 1 else scale.unsqueeze(-2)))
+        gates, rows = gates.to(shift.dtype), shift.ndim == 3 and scale.ndim == 1
+        mixed = _by_row(gates, shift) if rows else gates @ shift
+        return h * (mixed * (scale if scale.ndim == 1 else scale.unsqueeze(-2)))
 
 
 @contextmanager
@@ -124,6 +136,20 @@ def _expanded(h: Tensor, u: Tensor, y: Tensor, how: How) -> Tensor:
                 h = h.reshape(*(sizes[letter] for letter in stack + rest), -1)
             return torch.einsum(f"{stack}{rest}{_RANK},{stack}{out}{_RANK}->{result}", h, factor)
     return linear(h, u) if u.ndim == 2 else h @ u.mT
+
+
+def _by_row(x: Tensor, matrices: Tensor) -> Tensor:
+    """x (rows, …, in) by a matrix (in, out) for each of its rows."""
+    if x.ndim == 2:
+        return (x.unsqueeze(-2) @ matrices).squeeze(-2)
+    return x @ _spread(matrices, x.ndim - matrices.ndim)
+
+
+def _spread(rows: Tensor, axes: int) -> Tensor:
+    """The same with so many axes of size 1 behind its first: unlike a reshape, it leaves the number of rows open to a capture."""
+    for _ in range(axes):
+        rows = rows.unsqueeze(1)
+    return rows
 
 
 def _roles(left: str, right: str, result: str) -> tuple[str, str, str, str]:
