@@ -121,6 +121,11 @@ class Adapters:
         return name is not None and name in self._rows
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of an adapter: their shapes by the names of the graph's inputs."""
+        return {name: place.shape for name, place in self._places.items()}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What is loaded, in the order of loading."""
         return tuple(name for name in self._rows if name is not None)

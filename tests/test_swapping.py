@@ -125,7 +125,7 @@ def test_a_shared_router_is_one_input(tmp_path: Path) -> None:
     sarac.export(
         shake(sarac.transform(base, plan, method="mosara", example_inputs=ids())), tmp_path / "m.onnx", ids(), swappable="rowwise"
     )
-    names = sarac.Runtime(tmp_path / "m.onnx").adapters._places
+    names = sarac.Runtime(tmp_path / "m.onnx").adapters.shapes
     routers = [name for name in names if name.endswith("sara_router")]
     assert len(routers) < sum(name.endswith("sara_shift") for name in names)
     assert "model.layers.0.self_attn.k_proj.weight.sara_router" not in routers
@@ -140,8 +140,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shifts(served: Path, value: float) -> dict[str, Tensor]:
-    places = sarac.Runtime(served).adapters._places
-    return {name: torch.full(place.shape, value) for name, place in places.items()}
+    return {name: torch.full(shape, value) for name, shape in sarac.Runtime(served).adapters.shapes.items()}
 
 
 def test_a_store_grows_forgets_and_keeps_what_it_has(served: Path) -> None:

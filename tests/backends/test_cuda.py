@@ -6,8 +6,9 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
-from zoo import close, differ, same
+from zoo import adapt, close, differ, mlp, outputs, same, shake
 
+import sarac
 from sarac import doctor
 from sarac.backends.placement import Placement
 from sarac.backends.runtime import Runtime
@@ -118,3 +119,28 @@ def test_the_doctor_finds_cuda() -> None:
     assert found.toolkits["driver"] is not None
     # Two packages of ONNX Runtime over each other are a fault of the machine, and told.
     assert [fault for fault, _ in found.faults if "installed over each other" not in fault] == []
+
+
+@pytest.mark.parametrize("dynamic", ["auto", "static"])
+@pytest.mark.parametrize("method", ["sara", "mosara"])
+@pytest.mark.filterwarnings("ignore::sarac.ir.errors.SaracWarning")
+def test_adapters_swap_in_on_a_gpu_and_in_its_graphs(tmp_path: Path, method: str, dynamic: str) -> None:
+    base = mlp(16, 32, 8).eval()
+    adapted = [shake(adapt(base, method=method, seed=seed)) for seed in range(2)]
+    x = torch.randn(4, 16)
+    choice = {"swappable": "rowwise", "provider": "cuda", "dynamic": dynamic}
+    report = sarac.export(adapted[0], tmp_path / "m.onnx", x, **choice)
+    assert report.error < 1e-5
+    runtime = Runtime(tmp_path / "m.onnx", "cuda")
+    assert (" as a CUDA graph" in repr(runtime)) == (dynamic == "static")
+    for index, model in enumerate(adapted):
+        sarac.save_onnx_adapter(model, tmp_path / f"{index}.onnx_adapter")
+        runtime.adapters.add(f"{index}", tmp_path / f"{index}.onnx_adapter")
+    wanted = {"0": outputs(adapted[0], x), "1": outputs(adapted[1], x), None: outputs(base, x)}
+    for _ in range(3):
+        for name in wanted:
+            close(next(iter(runtime(x.cuda(), adapter=name).values())).cpu(), wanted[name])
+            differ(wanted[name], wanted["1" if name == "0" else "0"])
+    chosen = ["1", None, "0", "1"]
+    mixed = next(iter(runtime(x.cuda(), adapter=chosen).values())).cpu()
+    close(mixed, torch.stack([wanted[name][row] for row, name in enumerate(chosen)]))
