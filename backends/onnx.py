@@ -12,7 +12,7 @@ from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, tw
 from sarac.backends.lift import Weight, lift, settle
 from sarac.backends.stack import shortened, stack_of
 from sarac.backends.stamp import stamped
-from sarac.backends.swap import Swap, by_row
+from sarac.backends.swap import Swap, opened
 from sarac.backends.tidy import ROUNDS, finished, fused, tidied
 from sarac.ir.errors import ExportError
 from sarac.ir.inputs import Inputs
@@ -52,7 +52,7 @@ class Onnx:
         inputs, ExportError for whatever else goes wrong.
         """
         inputs = inputs.map(lambda t: t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t)
-        with exporting(model), typed(model, self.dtype), by_row(model, self.swap):
+        with exporting(model), opened(model, self.swap), typed(model, self.dtype):
             program, shapes = self._program(model, inputs, two_rows(model, inputs))
         size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
         program.metadata_props.update({SHAPES: shapes, **metadata, **self.swap.entry()})

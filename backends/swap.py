@@ -5,8 +5,10 @@ The default, an initializer of the input's own name, makes a file that nobody gi
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir
 import torch
@@ -14,6 +16,7 @@ from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
 from sarac.ir.layers import adapted
+from sarac.ir.terms import narrow
 
 KEY = "sarac.swappable"  # the metadata entry that says which inputs they are, and whether each row takes its own
 ROWS = "rows"  # the size that is free in them: one for all rows of a batch, or one each
@@ -23,12 +26,18 @@ ROWS = "rows"  # the size that is free in them: one for all rows of a batch, or 
 class Swap:
     """What stays open: by the module's names, the input `SITE.sara_ROLE` that a tensor becomes and its value at the start.
 
-    `rowwise`: each has a leading axis of 1, or of one for each row of a batch.
+    `rowwise`: each has a leading axis of 1, or of one for each row of a batch. `ones`: the scales, which are 1 once s is in V.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     rowwise: bool = False
+    ones: Collection[str] = ()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether s stands in V: not where a router reads V x."""
+        return bool(self.ones)
 
     def __bool__(self) -> bool:
         """Whether anything stays open."""
@@ -47,6 +56,12 @@ class Swap:
             program.graph.inputs.append(value)
         if self.rowwise:
             _freed(program.graph, self.names)
+        for name in [name for name in program.graph.initializers if name in self.ones]:
+            for node, index in list(program.graph.initializers[name].uses()):
+                other = node.inputs[1 - index]
+                if node.op_type == "Mul" and other is not None:
+                    onnx_ir.convenience.replace_all_uses_with(node.outputs[0], other)
+                    program.graph.remove(node, safe=True)
 
     def close(self, program: onnx_ir.Model, dtype: torch.dtype | None) -> None:
         """Give the inputs their own names and their defaults, in the end, when no pass could take those for constants."""
@@ -65,32 +80,54 @@ def swap_of(model: nn.Module, rowwise: bool) -> Swap:
         aliases.setdefault(id(parameter), []).append(name)
     names: dict[str, str] = {}
     starts: dict[str, Tensor] = {}
+    ones: list[str] = []
     for _, module, state in adapted(model):
         for slot in state.slots.values():
             tensors = slot.tensors(module)
+            ones += aliases[id(tensors["scale"])]
             for role in slot.adapter.trainable:
                 start = torch.zeros_like(tensors[role]) if role == "shift" else tensors[role].detach().clone()
                 for name in aliases[id(tensors[role])]:
                     names[name], starts[name] = f"{slot.site}.sara_{role}", start[None] if rowwise else start
-    return Swap(names, starts, rowwise)
+    return Swap(names, starts, rowwise, () if any(name.endswith(".sara_router") for name in names.values()) else frozenset(ones))
 
 
 @contextlib.contextmanager
-def by_row(model: nn.Module, swap: Swap) -> Iterator[None]:
-    """The model with the tensors that stay open as those of one row: with a leading axis, where rows have their own."""
-    before: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
-    made: dict[int, nn.Parameter] = {}
+def opened(model: nn.Module, swap: Swap) -> Iterator[None]:
+    """The model as a swappable export computes it: what stays open with a leading axis where rows have their own, and s in V.
+
+    The product h = 2^-p S V x, with 2^p >= sqrt(out), is no larger than the base's own largest output, as |s_i v_i x| is at most
+    the norm of W x: so it stays in half precision, and 2^p U takes it back.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, Tensor] = {}
     try:
-        for path, module in model.named_modules() if swap.rowwise else ():
-            for key, value in list(module._parameters.items()):
-                if value is not None and f"{path}.{key}".strip(".") in swap.names:
-                    before.append((module._parameters, key, value))
-                    made.setdefault(id(value), nn.Parameter(value.detach()[None], requires_grad=False))
-                    module._parameters[key] = made[id(value)]
-        yield
+        for path, module in model.named_modules() if swap else ():
+            changes = _scaled(module) if swap.scaled else {}
+            for key, value in module._parameters.items():
+                if value is not None and swap.rowwise and f"{path}.{key}".strip(".") in swap.names:
+                    changes[key] = value.detach()[None]
+            for key, value in changes.items():
+                before.append((module._parameters, key, own := module._parameters[key]))
+                made.setdefault(id(own), nn.Parameter(value, requires_grad=False))
+                module._parameters[key] = made[id(own)]
+        with narrow() if swap.scaled else contextlib.nullcontext():
+            yield
     finally:
         for table, key, value in before:
             table[key] = value
+
+
+def _scaled(module: nn.Module) -> dict[str, Tensor]:
+    """An adapted module's factors as 2^-p S V and 2^p U, and s as ones, by their names there."""
+    found = {}
+    for slot in module.__dict__["_sara"].slots.values() if "_sara" in module.__dict__ else ():
+        u, v, s = (slot.tensors(module)[role].detach() for role in ("u", "v", "scale"))
+        power = 2.0 ** math.ceil(math.log2(u.shape[-2]) / 2)
+        found[slot.attribute("u")] = (u.float() * power).to(u.dtype)
+        found[slot.attribute("v")] = (v.float() * (s.float() / power).unsqueeze(-1)).to(v.dtype)
+        found[slot.attribute("scale")] = torch.ones_like(s)
+    return found
 
 
 def _freed(graph: onnx_ir.Graph, names: Mapping[str, str]) -> None:

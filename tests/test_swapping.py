@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from zoo import adapt, close, differ, folded, ids, llama, mlp, outputs, same, shake
 
 import sarac
+from sarac.backends.onnx_file import node_counts
 from sarac.backends.tenants import read_adapter
 from sarac.cli import app
 from sarac.ir.errors import CheckFailed, CheckpointError, ExportError, InputError
@@ -117,6 +118,24 @@ def test_untrained_adapters_are_exported_for_those_to_come(tmp_path: Path) -> No
     close(first(runtime(x, adapter="later")), outputs(later, x), torch.float16)
     differ(first(runtime(x, adapter="later")), first(runtime(x)))
     assert sarac.verify(adapt(base), tmp_path / "m.onnx", torch.randn(2, 6)).error < 1e-5
+
+
+def test_half_precision_holds_what_its_projections_would_not(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(64, 16)).eval()
+    with torch.no_grad():
+        base[0].weight.mul_(1e-3)
+    one, two = tenants(base, 2)
+    x = torch.full((2, 64), 3e4)
+    sarac.export(one, tmp_path / "m.onnx", x, swappable=True, dtype="fp16")
+    assert node_counts(tmp_path / "m.onnx")["Cast"] == 0
+    factor = one.get_parameter("0.sara_v")
+    x = 3e4 * factor[:1].sign()
+    assert float((x @ factor.T).max()) > torch.finfo(torch.float16).max
+    runtime = sarac.Runtime(tmp_path / "m.onnx", floats=torch.float32)
+    runtime.adapters.add("two", {"0.weight.sara_shift": two.get_parameter("0.sara_shift")})
+    close(first(runtime(x)).float(), outputs(base, x), torch.float16)
+    close(first(runtime(x, adapter="two")).float(), outputs(two, x), torch.float16)
+    differ(outputs(two, x), outputs(base, x))
 
 
 def test_a_shared_router_is_one_input(tmp_path: Path) -> None:

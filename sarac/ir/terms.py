@@ -40,7 +40,7 @@ EMBEDDING: How = ("embedding",)
 def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
     """V x, shape (…, k), from x (…, in) and V (k, in) or (parts, k, in); in float32 where it would run in float16."""
     floats = x if x.is_floating_point() else v
-    if _running_dtype(floats) == torch.float16:
+    if _running_dtype(floats) == torch.float16 and not _narrow:
         with _without_autocast(floats):
             return _projected(x.float() if floats is x else x, v.float(), how)
     if x.is_floating_point() and x.dtype != v.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -51,7 +51,7 @@ def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
 @leaf
 def add(y: Tensor, h: Tensor, u: Tensor, how: How = LINEAR) -> Tensor:
     """y + U h in y's dtype, from y (…, out), h (…, k) and U (out, k) or (parts, out, k)."""
-    if y.dtype == torch.float16:
+    if y.dtype == torch.float16 and not _narrow:
         with _without_autocast(y):
             return y + _expanded(h.float(), u.float(), y, how).to(y.dtype)
     return y + _expanded(h.to(u.dtype), u, y, how).to(y.dtype)
@@ -95,6 +95,17 @@ def observing(observer: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
+@contextmanager
+def narrow() -> Iterator[None]:
+    """Stay in half precision for a while: for factors scaled so that V x cannot overflow where the base's output does not."""
+    _narrow.append(True)
+    try:
+        yield
+    finally:
+        _narrow.pop()
+
+
+_narrow: list[bool] = []
 _observers: list[Callable[[Tensor, Tensor], None]] = []
 
 
