@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
     "backends.onnx": "ir.* backends.exporting backends.lift backends.stack backends.stamp backends.tidy",
+    "backends.genai": "ir.* backends.onnx_file backends.providers",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
     "capture": "ir.*",
@@ -104,6 +105,7 @@ OWNED = {
     "node.meta": (r"\.meta$", "ir.graph"),
     "SVD": (r"\.(svd|svdvals|svd_lowrank|pca_lowrank|eigh|eigvalsh)$", "ir.gram ir.certify"),
     "tracing": (r"\.(symbolic_trace|Tracer)$|^torch\.export\b", "regions capture backends.exporting"),
+    "onnxruntime-genai": (r"^onnxruntime_genai\b", "backends.genai"),
     "exporting to ONNX": (r"^torch\.onnx\b|^transformers\.exporters\b", "backends.exporting backends.tidy"),
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
