@@ -42,6 +42,7 @@ _NAMED = re.compile(r'config\.architectures\[0\] == "(\w+ForCausalLM)"')
 _QUANTISED = {"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _QUIET = json.dumps({"model": {"decoder": {"session_options": {"log_severity_level": 4}}}})
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0}
 _STAND_IN = ("tokenizer.json", "tokenizer_config.json")  # the files of a tokenizer that is none
 _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux; macOS calls the second RENAME_SWAP
 
@@ -74,18 +75,20 @@ def write(
     *,
     dtype: str,
     provider: str,
-    tokenizer: str | Path | None,
+    tokenizer: Any,
     metadata: Mapping[str, str],
     verify: Callable[[Path], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write a merged model and a tokenizer's folder, if given, as a folder that onnxruntime_genai generates from; its files.
+    """Write a merged model and transformers' tokenizer, or None, as a folder that onnxruntime_genai generates from; the files.
 
     It is made aside, shown to `verify`, which may raise, and then put in place whole; an earlier one there is replaced.
     """
     target = folder.resolve()
-    if reason := _refusal(model, dtype, provider):
-        raise ExportError(reason)
-    _require_free(target)
+    require(model, target, dtype, provider)
+    if any(True for _ in adapted(model)):
+        raise ExportError(
+            f"{type(model).__name__} carries adapters, which onnxruntime-genai has no operators for: fold it first."
+        )
     with _aside(target) as work:
         source, made = work / "source", work / "made"
         _save(model, source, tokenizer)
@@ -99,6 +102,33 @@ def write(
             verify(made)
         _place(made, target)
     return tuple(sorted(folder / path.name for path in target.iterdir()))
+
+
+def require(model: nn.Module, folder: Path, dtype: str, provider: str) -> None:
+    """Raise ExportError where the model, the dtype, the provider or the folder cannot be: before the work, not after it."""
+    if reason := known(model):
+        raise ExportError(reason)
+    if dtype not in PRECISIONS.get(provider, ()):
+        raise ExportError(
+            f"{dtype} for {provider!r} is nothing that onnxruntime-genai runs: it is fp32 for cpu, fp16 or bf16 for cuda."
+        )
+    if folder.exists() and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
+        what = "holds other things than an earlier export" if folder.is_dir() else "is a file"
+        raise ExportError(f"{folder} {what}: name a folder that is not there yet.")
+
+
+def require_provider(provider: str) -> None:
+    """Raise ExportError where ONNX Runtime does not start on the provider here: onnxruntime-genai would not say why."""
+    state = providers().get("CUDAExecutionProvider", "it is not listed.") if provider == "cuda" else "ok"
+    if state != "ok":
+        raise ExportError(f"onnxruntime-genai cannot run on {provider} here: {state} `sarac doctor` says what is missing.")
+
+
+def special(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """The id that pads a row, which its runtime takes for no text wherever it stands, and the ids that end one."""
+    model = _config(folder)
+    ends = model["eos_token_id"]
+    return int(model["pad_token_id"]), tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def logits(folder: Path, input_ids: Tensor, provider: str = "cpu") -> Tensor:
@@ -125,7 +155,7 @@ def _generator(folder: Path, input_ids: Tensor, more: int, provider: str) -> Ite
     room = max(columns + more, _window(folder).get("window_size", 0))  # its cache is no smaller than a window
     try:
         params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, num_beams=1, batch_size=rows, max_length=room)
+        params.set_search_options(batch_size=rows, max_length=room, **_GREEDY)
         generator = genai.Generator(model, params)
         generator.append_tokens(input_ids.int().cpu().numpy())
         yield generator
@@ -139,9 +169,7 @@ def _generator(folder: Path, input_ids: Tensor, more: int, provider: str) -> Ite
 def _opened(folder: Path, provider: str) -> tuple[Any, Any]:
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} has no {CONFIG}: give a folder that was exported with the engine genai.")
-    started = providers().get("CUDAExecutionProvider", "it is not listed.") if provider == "cuda" else "ok"
-    if started != "ok":
-        raise ExportError(f"onnxruntime-genai cannot run {folder} on cuda: {started} `sarac doctor` says what is missing.")
+    require_provider(provider)
     try:
         genai: Any = importlib.import_module(_PACKAGE)
         config = genai.Config(str(folder))
@@ -158,23 +186,13 @@ def _opened(folder: Path, provider: str) -> tuple[Any, Any]:
         ) from error
 
 
-def _refusal(model: nn.Module, dtype: str, provider: str) -> str:
-    if reason := known(model):
-        return reason
-    if any(True for _ in adapted(model)):
-        return f"{type(model).__name__} carries adapters, which onnxruntime-genai has no operators for: fold it first."
-    if dtype not in PRECISIONS.get(provider, ()):
-        return f"{dtype} for {provider!r} is nothing that onnxruntime-genai runs: it is fp32 for cpu, fp16 or bf16 for cuda."
-    return ""
-
-
-def _save(model: Any, source: Path, tokenizer: str | Path | None) -> None:
+def _save(model: Any, source: Path, tokenizer: Any) -> None:
     """The folder that the builder reads: the model's, and a tokenizer, without which it does not start."""
     before = dict(vars(model.config))  # saving notes the class and the dtype there
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar
             model.save_pretrained(source)
-            _tokenizer(tokenizer).save_pretrained(source)
+            (tokenizer or _no_tokenizer()).save_pretrained(source)
     except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be written for onnxruntime-genai: {_line(str(error))}") from error
     finally:
@@ -182,14 +200,9 @@ def _save(model: Any, source: Path, tokenizer: str | Path | None) -> None:
         vars(model.config).update(before)
 
 
-def _tokenizer(folder: str | Path | None) -> Any:
-    if folder is None:
-        nothing = Tokenizer(models.WordLevel({"?": 0}, "?"))
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=nothing)  # type: ignore[no-untyped-call]
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ExportError(f"There is no readable tokenizer in {folder} ({_line(str(error))}) Give its folder.") from error
+def _no_tokenizer() -> Any:
+    nothing = Tokenizer(models.WordLevel({"?": 0}, "?"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=nothing)  # type: ignore[no-untyped-call]
 
 
 def _build(name: str, source: Path, made: Path, dtype: str, provider: str) -> None:
@@ -232,8 +245,11 @@ def _require_faithful(model: Any, made: Path, dtype: str) -> None:
 
 
 def _window(folder: Path) -> dict[str, Any]:
-    decoder = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-    return dict(decoder.get("sliding_window", {}))
+    return dict(_config(folder)["decoder"].get("sliding_window", {}))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"])
 
 
 @contextlib.contextmanager
@@ -246,14 +262,6 @@ def _aside(target: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _require_free(target: Path) -> None:
-    if target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir())):
-        return
-    if target.exists():
-        what = "holds other things than an earlier export" if target.is_dir() else "is a file"
-        raise ExportError(f"{target} {what}: name a folder that is not there yet.")
 
 
 def _place(made: Path, target: Path) -> None:

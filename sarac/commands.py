@@ -65,13 +65,14 @@ def export(
     routing: take.Routing = None,
     calibration: take.Calibration = None,
     tokenizer: take.Tokenizer = None,
+    engine: take.Engine = "onnx",
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
     as_json: take.Json = False,
 ) -> None:
     """Write a model as ONNX, checked against torch. By default what can be merged is, and the rest stays routed."""
-    take.require_place(onnx)
+    take.require_place(onnx if engine == "onnx" else None)
     if routing is not None and merge is False:
         raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
     spec = take.spec_of(specs)
@@ -81,6 +82,7 @@ def export(
         opened, report = _folded(opened, routing, calibration, tokenizer)
         merge, approximation = None, report.approximation
     form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
+    form |= {"engine": engine, "tokenizer": tokenizer if engine == "genai" or routing is None else None}
     with busy("Exporting"):
         written_file = emit.export(opened, onnx, spec, merge=merge, provider=provider, external_data=external_data, **form)
     said = json.dumps({**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation})

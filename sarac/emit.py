@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from sarac.backends import onnx, onnx_file, runtime
+from sarac import serving
+from sarac.backends import genai, onnx, onnx_file, runtime
 from sarac.backends.stack import shortened, stack_of
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
@@ -27,7 +27,7 @@ from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
-from sarac.proof import Comparison, ExportReport, compare
+from sarac.proof import Comparison, ExportReport, compare, noted
 from sarac.text import input_spec
 from sarac.trace import trace
 
@@ -51,6 +51,8 @@ def export(
     optimize: str | None = None,
     external_data: str = "auto",
     smoke: bool = False,
+    engine: str = "onnx",
+    tokenizer: str | Path | None = None,
 ) -> ExportReport:
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
@@ -58,9 +60,19 @@ def export(
     Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own; weights are
     folded in float32 and rounded once. `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]".
     `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
+    `engine` "genai" writes the merged model and `tokenizer` (a folder; default: the model's) for onnxruntime_genai.
     """
-    target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
-    inputs, spec = _inputs(model, example_inputs)
+    if engine != "onnx" or tokenizer is not None:
+        shape = {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data, "smoke": smoke}
+        serving.require(engine, tokenizer, example_inputs=example_inputs, merge=merge, **shape)
+        return _served(model, Path(path), merge, dtype, provider, tokenizer)
+    form = _form(opset, dynamic, dtype, optimize, provider, external_data)
+    return _written(model, Path(path), form, merge, smoke, *_inputs(model, example_inputs))
+
+
+def _written(
+    model: nn.Module, target: Path, form: onnx.Onnx, merge: bool | None, smoke: bool, inputs: Inputs, spec: InputSpec
+) -> ExportReport:
     started = time.perf_counter()
     graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
@@ -80,19 +92,35 @@ def export(
     return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers)
 
 
+def _served(
+    model: nn.Module, folder: Path, merge: bool | None, dtype: str | None, provider: str, tokenizer: str | Path | None
+) -> ExportReport:
+    own = next((name for name, one in DTYPES.items() if one == check.coarsest(model)), "float64")
+    genai.require(model, folder, dtype or own, provider)
+    genai.require_provider(provider)
+    wanted = DTYPES[dtype or own]
+    metadata, wide = _metadata(model, wanted), serving.widened(model, wanted)
+    graph = _folded(wide, merge if record_of(model) is None else True, wanted)
+    return serving.export(wide, graph, folder, dtype=dtype or own, provider=provider, tokenizer=tokenizer, metadata=metadata)
+
+
 def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, provider: str = "cpu") -> ExportReport:
     """Hold an exported file against `model` again, at shapes that its capture did not see; CheckFailed if they differ."""
     target = Path(path)
-    inputs, spec = _inputs(model, example_inputs)
-    metadata = onnx_file.read_metadata(target)
+    metadata = onnx_file.read_metadata(target / genai.GRAPH if target.is_dir() else target)
     weights = adapted_weights(model)
     base = base_hashes(weights)["float32"] if weights else ""
     # A plain model may be this very one, folded: its outputs tell.
     if weights and metadata.get("sarac.base", "") != base:
         raise CheckFailed(f"{target} was exported from another base than this model's. Export the model again.")
-    started = time.perf_counter()
-    form = onnx.Onnx(dtype=getattr(torch, metadata.get(_DTYPE, ""), None), provider=provider)
-    comparisons = _compared(model, model, target, form, spec, inputs)
+    started, dtype = time.perf_counter(), getattr(torch, metadata.get(_DTYPE, ""), None)
+    if target.is_dir():
+        serving.require("genai", example_inputs=example_inputs)
+        wide = serving.widened(model, dtype or torch.float32)
+        comparisons = serving.compare(wide, wide, target, provider, dtype)
+    else:
+        inputs, spec = _inputs(model, example_inputs)
+        comparisons = _compared(model, model, target, onnx.Onnx(dtype=dtype, provider=provider), spec, inputs)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
     return ExportReport(target, (target,), merged, (), comparisons, seconds=seconds)
@@ -136,9 +164,7 @@ def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, pro
 
 def _note(path: Path, merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str, Folded]) -> str:
     """Write down in the file what it was checked for; gives what it says of equal layers."""
-    surviving = {site: facts.surviving_delta for site, facts in folded.items()}
-    checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
-    onnx_file.write_metadata(path, {"sarac.verification": json.dumps(checked)})
+    onnx_file.write_metadata(path, noted(merged, comparisons, folded))
     return onnx_file.read_metadata(path)[onnx.LAYERS]
 
 
