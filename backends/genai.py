@@ -124,11 +124,17 @@ def require_provider(provider: str) -> None:
         raise ExportError(f"onnxruntime-genai cannot run on {provider} here: {state} `sarac doctor` says what is missing.")
 
 
+def graph(folder: Path) -> Path:
+    """The ONNX file in a folder; ExportError where the folder is none that onnxruntime_genai generates from."""
+    if not (folder / CONFIG).is_file():
+        raise ExportError(f"{folder} has no {CONFIG}: give a folder that was exported with the engine genai.")
+    return folder / GRAPH
+
+
 def special(folder: Path) -> tuple[int, tuple[int, ...]]:
     """The id that pads a row, which its runtime takes for no text wherever it stands, and the ids that end one."""
-    model = _config(folder)
-    ends = model["eos_token_id"]
-    return int(model["pad_token_id"]), tuple(ends) if isinstance(ends, list) else (ends,)
+    padding, ends = (_config(folder)[name] for name in ("pad_token_id", "eos_token_id"))
+    return int(padding), tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def logits(folder: Path, input_ids: Tensor, provider: str = "cpu") -> Tensor:
@@ -167,8 +173,7 @@ def _generator(folder: Path, input_ids: Tensor, more: int, provider: str) -> Ite
 
 
 def _opened(folder: Path, provider: str) -> tuple[Any, Any]:
-    if not (folder / CONFIG).is_file():
-        raise ExportError(f"{folder} has no {CONFIG}: give a folder that was exported with the engine genai.")
+    graph(folder)
     require_provider(provider)
     try:
         genai: Any = importlib.import_module(_PACKAGE)
@@ -189,20 +194,18 @@ def _opened(folder: Path, provider: str) -> tuple[Any, Any]:
 def _save(model: Any, source: Path, tokenizer: Any) -> None:
     """The folder that the builder reads: the model's, and a tokenizer, without which it does not start."""
     before = dict(vars(model.config))  # saving notes the class and the dtype there
+    if tokenizer is None:
+        empty = Tokenizer(models.WordLevel({"?": 0}, "?"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=empty)  # type: ignore[no-untyped-call]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar
             model.save_pretrained(source)
-            (tokenizer or _no_tokenizer()).save_pretrained(source)
+            tokenizer.save_pretrained(source)
     except Exception as error:
         raise ExportError(f"{type(model).__name__} cannot be written for onnxruntime-genai: {_line(str(error))}") from error
     finally:
         vars(model.config).clear()
         vars(model.config).update(before)
-
-
-def _no_tokenizer() -> Any:
-    nothing = Tokenizer(models.WordLevel({"?": 0}, "?"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=nothing)  # type: ignore[no-untyped-call]
 
 
 def _build(name: str, source: Path, made: Path, dtype: str, provider: str) -> None:

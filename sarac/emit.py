@@ -107,7 +107,7 @@ def _served(
 def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, provider: str = "cpu") -> ExportReport:
     """Hold an exported file against `model` again, at shapes that its capture did not see; CheckFailed if they differ."""
     target = Path(path)
-    metadata = onnx_file.read_metadata(target / genai.GRAPH if target.is_dir() else target)
+    metadata = onnx_file.read_metadata(genai.graph(target) if target.is_dir() else target)
     weights = adapted_weights(model)
     base = base_hashes(weights)["float32"] if weights else ""
     # A plain model may be this very one, folded: its outputs tell.

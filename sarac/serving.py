@@ -22,6 +22,7 @@ from sarac.proof import Comparison, ExportReport, hold, noted
 
 ENGINES = ("onnx", "genai")
 _PLAIN = {"merge": (None, True), "opset": (20,), "dynamic": ("auto",), "external_data": ("auto",), "smoke": (False,)}
+_SAID = {"merge": "merge=False (--routed)", "example_inputs": "example inputs (--input)"}
 _SHAPES = ((1, 19), (3, 14))  # rows and tokens of the inputs that a folder is held against
 _MORE = 8  # tokens that it generates behind each
 
@@ -36,7 +37,8 @@ def require(engine: str, tokenizer: Any = None, **options: Any) -> None:
         raise ExportError('tokenizer goes into a folder that generates text: leave it out, or give engine="genai".')
     odd = [name for name, value in options.items() if not any(value is plain for plain in _PLAIN.get(name, (None,)))]
     if engine == "genai" and odd:
-        raise ExportError(f"The engine genai takes the merged model and builds its own graph: leave out {', '.join(odd)}.")
+        leave = ", ".join(_SAID.get(name, name) for name in odd)
+        raise ExportError(f"The engine genai takes the merged model and builds its own graph: leave out {leave}.")
 
 
 def widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
