@@ -117,13 +117,13 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
     if target.is_dir():
         serving.require("genai", example_inputs=example_inputs)
         wide = serving.widened(model, dtype or torch.float32)
-        comparisons = serving.compare(wide, wide, target, provider, dtype)
+        comparisons, files = serving.compare(wide, wide, target, provider, dtype), tuple(sorted(target.iterdir()))
     else:
         inputs, spec = _inputs(model, example_inputs)
-        comparisons = _compared(model, model, target, onnx.Onnx(dtype=dtype, provider=provider), spec, inputs)
+        comparisons, files = _compared(model, model, target, onnx.Onnx(dtype=dtype, provider=provider), spec, inputs), (target,)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
-    return ExportReport(target, (target,), merged, (), comparisons, seconds=seconds)
+    return ExportReport(target, files, merged, (), comparisons, seconds=seconds)
 
 
 def _compared(

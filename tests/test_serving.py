@@ -230,7 +230,9 @@ def test_the_command_line_writes_and_verifies(real: None, trained: nn.Module, wo
     assert run("verify", tmp_path / "model.pt", out).exit_code == 0
     assert run("verify", tmp_path / "model.pt", out, "--input", "input_ids:int64[2,4]").exit_code == 1
     close(genai.logits(out, torch.tensor([[5, 9, 2]])), folded(trained)(torch.tensor([[5, 9, 2]])).logits.detach())
-    assert sarac.verify(folded(trained), out).merged
+    again = sarac.verify(folded(trained), out)
+    assert again.merged
+    assert sorted(map(str, again.files)) == sorted(told["files"])
     with pytest.raises(CheckFailed, match="another base"):
         sarac.verify(shake(adapt(llama())), out)
     with pytest.raises(CheckFailed, match=r"differ at \['logits'\]"):
