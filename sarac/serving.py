@@ -64,7 +64,13 @@ def export(
 
     def verified(made: Path) -> None:
         times.append(time.perf_counter())
-        found.append(compare(model, graph.module, made, provider, getattr(torch, metadata["sarac.dtype"])))
+        try:
+            found.append(compare(model, graph.module, made, provider, getattr(torch, metadata["sarac.dtype"])))
+        except InputError as error:
+            raise ExportError(
+                f"What onnxruntime-genai's builder made of {type(model).__name__} does not run: {error} Export it with the "
+                "engine onnx."
+            ) from error
         onnx_file.write_metadata(made / genai.GRAPH, noted(merged, found[0], graph.folded))
         times.append(time.perf_counter())
 

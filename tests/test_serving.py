@@ -110,6 +110,19 @@ def test_adapters_that_were_not_trained_fail(engine: SimpleNamespace, words: Pat
         export(adapt(llama()), tmp_path / "out", tokenizer=words)
 
 
+def test_a_folder_that_does_not_run_is_the_builders_fault(
+    engine: SimpleNamespace, trained: nn.Module, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path, ids: Tensor, provider: str) -> Tensor:
+        raise InputError("cos_cache is too wide.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(genai, "logits", broken)
+        with pytest.raises(ExportError, match=r"made of LlamaForCausalLM does not run: cos_cache is too wide\. .*engine onnx"):
+            export(trained, tmp_path / "out", tokenizer=words)
+    assert export(trained, tmp_path / "there", tokenizer=words)
+
+
 @pytest.mark.parametrize("where", [0, 5])
 def test_tokens_that_are_not_the_likeliest_fail(
     engine: SimpleNamespace, trained: nn.Module, words: Path, tmp_path: Path, where: int
