@@ -43,6 +43,7 @@ _FORCE = "Load an adapter file onto another base than it was trained on."
 _DYNAMIC = 'Which sizes stay free: all that can, none, or by name as in "input_ids[batch,length]".'
 _OPTIMIZE = "Operators that ONNX Runtime alone knows (ort), folded constants (basic). Default: ort for cuda, else basic."
 _SWAPPABLE = "Leave the adapters open, to swap in at run time: one at a time, or with =rowwise one for each row of a batch."
+_ENGINE = "genai: the merged model as a folder that onnxruntime_genai generates from, with --tokenizer's files."
 _OPSET = "The ONNX operator set to write."
 
 
@@ -73,7 +74,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 ModelOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The model.pt to write.")]
 FoldOut = Annotated[Path, typer.Option("--out", metavar="PATH", help="A new folder (transformers models), or a .pt file.")]
 PlanOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON too, to read and to edit.")]
-OnnxFile = Annotated[Path, typer.Argument(metavar="ONNX", help="The ONNX file.")]
+OnnxFile = Annotated[Path, typer.Argument(metavar="ONNX", help="The ONNX file; the folder, of the engine genai.")]
+Engine = Annotated[Literal["onnx", "genai"], typer.Option(help=_ENGINE)]
 Where = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_WHERE)]
 AlsoTrain = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_ALSO)]
 Plan = Annotated[str, typer.Option(metavar="RULE", help=_PLAN)]

@@ -66,23 +66,23 @@ def export(
     routing: take.Routing = None,
     calibration: take.Calibration = None,
     tokenizer: take.Tokenizer = None,
+    engine: take.Engine = "onnx",
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
     as_json: take.Json = False,
 ) -> None:
     """Write a model as ONNX, checked against torch. By default what can be merged is, and the rest stays routed."""
-    take.require_place(onnx)
+    take.require_place(onnx if engine == "onnx" else None)
     if routing is not None and merge is False:
         raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
     spec = take.spec_of(specs)
     opened = take.opened(model, args, factory, trust_pickle)
-    approximation = 0.0
-    if routing is not None:
-        opened, report = _folded(opened, routing, calibration, tokenizer)
-        merge, approximation = None, report.approximation
+    opened, approximation = _averaged(opened, routing, calibration, tokenizer)
+    merge = merge if routing is None else None
     form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
-    form["swappable"] = {None: False, "whole": True}.get(swappable, swappable)
+    form |= {"swappable": {None: False, "whole": True}.get(swappable, swappable), "engine": engine}
+    form["tokenizer"] = tokenizer if engine == "genai" or routing is None else None
     with busy("Exporting"):
         written_file = emit.export(opened, onnx, spec, merge=merge, provider=provider, external_data=external_data, **form)
     said = json.dumps({**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation})
@@ -174,6 +174,14 @@ def _folded(
         calls = text.read_inputs(calibration, model, functools.cache(lambda: text.tokenizer_of(model, tokenizer)))
     with busy("Folding"):
         return surgery.fold(model, routing=routing, calibration=calls, report=True)
+
+
+def _averaged(model: nn.Module, routing: str | None, calibration: Path | None, tokenizer: str | None) -> tuple[nn.Module, float]:
+    """The model, folded by its mean gates where that is asked for, and what that loses."""
+    if routing is None:
+        return model, 0.0
+    folded, report = _folded(model, routing, calibration, tokenizer)
+    return folded, report.approximation
 
 
 def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: str | None) -> None:

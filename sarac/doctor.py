@@ -56,23 +56,33 @@ def diagnose() -> Diagnosis:
     """Look at this machine; nothing is changed, and no fault raises."""
     versions = {"sarac": __version__, "python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     # Every package that brings this folder: they are one program under several names, and the last one installed wins.
-    runtimes = {name: _version(name) for name in sorted(set(metadata.packages_distributions().get("onnxruntime", ())))}
+    packages = metadata.packages_distributions()
+    runtimes, genai = (
+        {name: _version(name) for name in sorted(set(packages.get(folder, ())))}
+        for folder in ("onnxruntime", "onnxruntime_genai")
+    )
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     running, toolkits = providers.providers(), providers.cuda_versions()
-    faults = [*_overlaid(runtimes), *_faults(running, cuda, toolkits)]
-    return Diagnosis({**versions, **(runtimes or {"onnxruntime": None})}, running, cuda, toolkits, faults)
+    faults = [*_overlaid(runtimes, genai), *_faults(running, cuda, toolkits)]
+    return Diagnosis({**versions, **(runtimes or {"onnxruntime": None}), **genai}, running, cuda, toolkits, faults)
 
 
-def _overlaid(runtimes: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    """ONNX Runtime installed more than once, into one folder, with the command that leaves one of them."""
-    if len(runtimes) < 2:
-        return
-    kept = _GPU if _GPU in runtimes else next(iter(runtimes))
+def _overlaid(runtimes: Mapping[str, str | None], genai: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """A program installed more than once, into one folder, with the command that leaves one of them."""
+    kept, why = _GPU if _GPU in runtimes else next(iter(runtimes), ""), ""
     removed, installed = " ".join(runtimes), kept
-    if _version(_GENAI) and kept == _GPU:  # it asks for plain onnxruntime, and would bring it back
-        removed, installed = f"{removed} {_GENAI}", f"{kept} {_GENAI}-cuda"
-    names = " and ".join(f"{name} {version}" for name, version in runtimes.items())
-    yield f"{names} are installed over each other", f"pip uninstall -y {removed} && pip install {installed}"
+    fitting = f"{_GENAI}-cuda" if kept == _GPU else _GENAI
+    if len(runtimes) > 1:
+        if _version(_GENAI) and kept == _GPU:
+            removed, installed = f"{removed} {_GENAI}", f"{kept} {fitting}"
+            why = f", as {_GENAI} asks for plain onnxruntime"
+        yield f"{_listed(runtimes)} are installed over each other{why}", f"pip uninstall -y {removed} && pip install {installed}"
+    elif len(genai) > 1:
+        yield f"{_listed(genai)} are installed over each other", f"pip uninstall -y {' '.join(genai)} && pip install {fitting}"
+
+
+def _listed(versions: Mapping[str, str | None]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _faults(running: Mapping[str, str], cuda: list[str], toolkits: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:

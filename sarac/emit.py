@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 import transformers
 from torch import nn
 
-from sarac.backends import onnx, onnx_file, runtime
+from sarac import serving
+from sarac.backends import genai, onnx, onnx_file, runtime
 from sarac.backends.stack import shortened, stack_of
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
@@ -27,7 +28,7 @@ from sarac.ir.layers import adapted
 from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
-from sarac.proof import Comparison, ExportReport, compare
+from sarac.proof import Comparison, ExportReport, compare, noted
 from sarac.swapping import compare_swaps, swap_for
 from sarac.text import input_spec
 from sarac.trace import trace
@@ -53,6 +54,8 @@ def export(
     external_data: str = "auto",
     smoke: bool = False,
     swappable: bool | str = False,
+    engine: str = "onnx",
+    tokenizer: str | Path | None = None,
 ) -> ExportReport:
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
@@ -62,17 +65,29 @@ def export(
     `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
     `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", each row its
     own. It is checked with the model's own adapter, another, and none.
+    `engine` "genai" writes the merged model and `tokenizer` (a folder; default: the model's) for onnxruntime_genai.
     """
-    target, form = Path(path), _form(opset, dynamic, dtype, optimize, provider, external_data)
+    if engine != "onnx" or tokenizer is not None:
+        shape = {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data, "smoke": smoke}
+        serving.require(engine, tokenizer, example_inputs=example_inputs, merge=merge, swappable=swappable, **shape)
+        return _served(model, Path(path), merge, dtype, provider, tokenizer)
+    form = _form(opset, dynamic, dtype, optimize, provider, external_data)
     if swap := swap_for(model, swappable):
         form, merge = replace(form, swap=swap), _unmerged(merge)
-    return _emitted(model, target, form, merge, smoke, *_inputs(model, example_inputs))
+    return _written(Path(path), form, merge, smoke, *_widened(model, form.dtype, *_inputs(model, example_inputs)))
 
 
-def _emitted(
-    model: nn.Module, target: Path, form: onnx.Onnx, merge: bool | None, smoke: bool, inputs: Inputs, spec: InputSpec
+def _widened(model: nn.Module, dtype: torch.dtype | None, inputs: Inputs, spec: InputSpec) -> tuple[nn.Module, Inputs, InputSpec]:
+    wide = model if dtype is None else serving.widened(model, dtype)
+    if wide is not model:
+        inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        spec = InputSpec(tuple(replace(one, dtype="float32") if "float" in one.dtype else one for one in spec.tensors))
+    return wide, inputs, spec
+
+
+def _written(
+    target: Path, form: onnx.Onnx, merge: bool | None, smoke: bool, model: nn.Module, inputs: Inputs, spec: InputSpec
 ) -> ExportReport:
-    """Fold, write aside, hold it against torch, note in the file what came of it, and put it in place."""
     started = time.perf_counter()
     graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
@@ -107,22 +122,38 @@ def _tried(
             _compared(model, emitted, path, form, spec, inputs)
 
 
+def _served(
+    model: nn.Module, folder: Path, merge: bool | None, dtype: str | None, provider: str, tokenizer: str | Path | None
+) -> ExportReport:
+    own = next((name for name, one in DTYPES.items() if one == check.coarsest(model)), "float64")
+    genai.require(model, folder, dtype or own, provider)
+    genai.require_provider(provider)
+    wanted = DTYPES[dtype or own]
+    metadata, wide = _metadata(model, wanted), serving.widened(model, wanted)
+    graph = _folded(wide, merge if record_of(model) is None else True, wanted)
+    return serving.export(wide, graph, folder, dtype=dtype or own, provider=provider, tokenizer=tokenizer, metadata=metadata)
+
+
 def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, provider: str = "cpu") -> ExportReport:
     """Hold an exported file against `model` again, at shapes that its capture did not see; CheckFailed if they differ."""
     target = Path(path)
-    inputs, spec = _inputs(model, example_inputs)
-    metadata = onnx_file.read_metadata(target)
+    metadata = onnx_file.read_metadata(genai.graph(target) if target.is_dir() else target)
     weights = adapted_weights(model)
     base = base_hashes(weights)["float32"] if weights else ""
     # A plain model may be this very one, folded: its outputs tell.
     if weights and metadata.get("sarac.base", "") != base:
         raise CheckFailed(f"{target} was exported from another base than this model's. Export the model again.")
-    started = time.perf_counter()
-    form = onnx.Onnx(dtype=getattr(torch, metadata.get(_DTYPE, ""), None), provider=provider)
-    comparisons = _compared(model, model, target, form, spec, inputs)
+    started, dtype = time.perf_counter(), getattr(torch, metadata.get(_DTYPE, ""), None)
+    if target.is_dir():
+        serving.require("genai", example_inputs=example_inputs)
+        wide = serving.widened(model, dtype or torch.float32)
+        comparisons, files = serving.compare(wide, wide, target, provider, dtype), tuple(sorted(target.iterdir()))
+    else:
+        inputs, spec = _inputs(model, example_inputs)
+        comparisons, files = _compared(model, model, target, onnx.Onnx(dtype=dtype, provider=provider), spec, inputs), (target,)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
-    return ExportReport(target, (target,), merged, (), comparisons, seconds=seconds)
+    return ExportReport(target, files, merged, (), comparisons, seconds=seconds)
 
 
 def _compared(
@@ -171,9 +202,7 @@ def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, pro
 
 def _note(path: Path, merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str, Folded]) -> str:
     """Write down in the file what it was checked for; gives what it says of equal layers."""
-    surviving = {site: facts.surviving_delta for site, facts in folded.items()}
-    checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
-    onnx_file.write_metadata(path, {"sarac.verification": json.dumps(checked)})
+    onnx_file.write_metadata(path, noted(merged, comparisons, folded))
     return onnx_file.read_metadata(path)[onnx.LAYERS]
 
 

@@ -2,14 +2,14 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from sarac.backends import runtime
 from sarac.backends.exporting import typed
@@ -115,10 +115,22 @@ def compare(
     A file in another `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it,
     and torch computes with them in the model's own.
     """
+    with torch.no_grad(), evaluating(model):
+        unseen = unseen_inputs(spec, session, captured, model=model)
+    return hold(model, emitted, session.run, unseen, dtype)
+
+
+def hold(
+    model: nn.Module,
+    emitted: nn.Module,
+    run: Callable[[Inputs], Mapping[str, Tensor]],
+    unseen: Sequence[Inputs],
+    dtype: torch.dtype | None = None,
+) -> tuple[Comparison, ...]:
+    """The comparisons of what `run` gives for inputs with torch, as `compare` makes them."""
     own = check.coarsest(model)
     wanted, rows = dtype or own, []
     with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
-        unseen = unseen_inputs(spec, session, captured, model=model)
         judged = emitted is not model and wanted == own
         references = _references(model, own, unseen) if judged else [None] * len(unseen)
         for inputs, reference in zip(unseen, references, strict=True):
@@ -127,18 +139,25 @@ def compare(
             between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model")
             if reference is not None:
                 check.require_merge_keeps(merged, unmerged, reference, own)
-            ours, theirs = runtime.paired(session.run(inputs), unmerged)
+            ours, theirs = runtime.paired(run(inputs), unmerged)
             check.require_finite(ours, "The ONNX model's output")
             found = check.require_close(ours, theirs, wanted, "The ONNX model and the adapted torch model")
             if record_of(model) is not None:
                 with disabled(model):
-                    check.require_different(
-                        ours, runtime.paired(ours, inputs.call(model))[1], "The outputs and the base's", _UNTRAINED
-                    )
-                    check.require_different(merged, inputs.call(model), "The merged model's outputs and the base's", _UNTRAINED)
+                    plain = inputs.call(model)
+                    check.require_different(merged, plain, "The merged model's outputs and the base's", _UNTRAINED)
+                    base = runtime.paired(ours, plain)[1]
+                    check.require_nearer(ours, theirs, base, "The outputs", "the adapted model's", "the base's", _UNTRAINED)
             errors = (found.error, found.max_error, between.error, between.max_error)
             rows.append(Comparison(inputs.describe(), *errors))
     return tuple(rows)
+
+
+def noted(merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str, Folded]) -> dict[str, str]:
+    """What an exported file says of the checks that it passed, as its metadata."""
+    surviving = {site: facts.surviving_delta for site, facts in folded.items()}
+    checked = {"merged": merged, "comparisons": [asdict(row) for row in comparisons], "surviving_delta": surviving}
+    return {"sarac.verification": json.dumps(checked)}
 
 
 def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) -> list[Any]:

@@ -82,6 +82,36 @@ def test_two_runtimes_in_one_folder_are_seen(installed: list[str], remedy: str |
     faults = [row for row in doctor.diagnose().faults if "over each other" in row[0]]
     assert [command for _, command in faults] == ([] if remedy is None else [remedy])
     assert all(f"{name} 1.30" in fault for fault, _ in faults for name in bringing)
+    asking = "as onnxruntime-genai asks for plain onnxruntime"
+    assert all((asking in fault) == ("onnxruntime-genai" in installed) for fault, _ in faults)
+
+
+@pytest.mark.parametrize(
+    ("genai", "remedy"),
+    [
+        (["onnxruntime-genai-cuda"], None),
+        (["onnxruntime-genai", "onnxruntime-genai-cuda"], "onnxruntime-genai-cuda"),
+        ([], None),
+    ],
+)
+def test_the_generator_is_shown_and_seen_twice(genai: list[str], remedy: str | None, monkeypatch) -> None:
+    packages = {"onnxruntime": ["onnxruntime-gpu"], "onnxruntime_genai": genai}
+    monkeypatch.setattr(metadata, "version", lambda name: "1.30")
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: packages)
+    found = doctor.diagnose()
+    assert [name for name in found.versions if "genai" in name] == genai
+    told = [row for row in found.faults if "over each other" in row[0]]
+    removed = " ".join(genai)
+    assert told == (
+        []
+        if remedy is None
+        else [
+            (
+                "onnxruntime-genai 1.30 and onnxruntime-genai-cuda 1.30 are installed over each other",
+                f"pip uninstall -y {removed} && pip install {remedy}",
+            )
+        ]
+    )
 
 
 def test_the_versions_of_cuda_stand_side_by_side() -> None:

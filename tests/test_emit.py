@@ -517,3 +517,10 @@ def test_file_that_cannot_be_verified_is_told(exported: tuple[nn.Module, nn.Modu
             sarac.verify(model, tmp_path / name, x())
     with pytest.raises(InputError):
         sarac.verify(model, path)
+
+
+def test_a_coarse_model_is_exported_in_a_finer_dtype(tmp_path: Path) -> None:
+    model = shake(adapt(mlp(6, 8, 5).eval().bfloat16()))
+    report = sarac.export(model, tmp_path / "m.onnx", torch.randn(3, 6).bfloat16(), dtype="fp32")
+    assert report.dtype == "float32"
+    assert report.error < 1e-5

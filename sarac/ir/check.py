@@ -93,6 +93,13 @@ def require_different(actual: Any, expected: Any, what: str, remedy: str) -> Dif
     return found
 
 
+def require_nearer(actual: Any, expected: Any, other: Any, what: str, theirs: str, others: str, remedy: str) -> None:
+    """Raise CheckFailed unless `actual` is nearer to `expected` than to `other`: also where rounding makes all three differ."""
+    right, wrong = difference(actual, expected).error, difference(actual, other).error
+    if wrong <= right:
+        raise CheckFailed(f"{what} are as near to {others} (relative error {wrong:.3g}) as to {theirs} ({right:.3g}). {remedy}")
+
+
 def require_finite(outputs: Any, what: str) -> None:
     """Raise CheckFailed at the first NaN or Inf."""
     for path, tensor in leaves(outputs):
