@@ -1,5 +1,6 @@
 """ONNX files: a torch module written as one."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ import onnx_ir
 import torch
 from torch import nn
 
+from sarac.backends.decoding import Steps, stepping
 from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, two_rows, typed
 from sarac.backends.lift import Weight, lift, settle
 from sarac.backends.stack import shortened, stack_of
@@ -31,7 +33,7 @@ class Onnx:
     or the free ones by name, as in "x[batch,8]". `dtype`: of the weights in the
     file; None for the model's own. `optimize`: "none", "basic" (constants, repetitions) or "ort" (operators that ONNX
     Runtime alone knows, for `provider`). `external`: whether the weights lie in a file beside, "auto" for large ones.
-    `swap`: the adapters' tensors that stay inputs.
+    `swap`: the adapters' tensors that stay inputs. `steps`: write a step of generation with its caches, not a forward.
     """
 
     opset: int = 20
@@ -41,6 +43,7 @@ class Onnx:
     provider: str = "cpu"
     external: str = "auto"
     swap: Swap = field(default_factory=Swap)
+    steps: Steps | None = None
 
     def write(
         self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str], data: str = ""
@@ -52,10 +55,11 @@ class Onnx:
         inputs, ExportError for whatever else goes wrong.
         """
         inputs = inputs.map(lambda t: t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t)
-        with exporting(model), opened(model, self.swap), typed(model, self.dtype):
-            program, shapes = self._program(model, inputs, two_rows(model, inputs))
+        with exporting(model), opened(model, self.swap), typed(model, self.dtype), self._stepping(model):
+            program, shapes = self._program(model, inputs, inputs if self.steps is not None else two_rows(model, inputs))
         size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-        program.metadata_props.update({SHAPES: shapes, **metadata, **self.swap.entry()})
+        steps = self.steps.entry() if self.steps is not None else {}
+        program.metadata_props.update({SHAPES: shapes, **metadata, **self.swap.entry(), **steps})
         beside = self.external == "always" or (self.external == "auto" and size > LARGEST_FILE)
         if size > TOO_LARGE and not beside:
             raise ExportError(
@@ -97,7 +101,12 @@ class Onnx:
                 layers = f"whole: {error}"
         return self._settled(*self._optimised(model, inputs, free), tensors, layers)
 
+    def _stepping(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.steps is None else stepping(model)
+
     def _optimised(self, model: nn.Module, inputs: Inputs, free: Sizes | None) -> tuple[onnx_ir.Model, dict[str, Weight]]:
+        if self.steps is not None:
+            inputs = self.steps.inputs(model)  # with caches for as many layers as there are now
         program = captured(model, inputs, self.opset, free)
         self.swap.open(program)
         weights = lift(program, _tensors(model))

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sarac.backends import onnx_file
 from sarac.backends.binding import Lane, Replay, adjustable, bind, ports, taken
+from sarac.backends.decoding import Steps
+from sarac.backends.generation import Generator, chooser, require
 from sarac.backends.placement import placement
 from sarac.backends.providers import PROVIDERS, Start, reason, started
 from sarac.backends.tenants import Adapters, Chosen
@@ -63,10 +65,12 @@ class Runtime:
         self._inputs, self._outputs = ports(self._session, self.device)
         self.shapes, self.dtypes = ({n: getattr(p, what) for n, p in self._inputs.items()} for what in ("shape", "dtype"))
         self.outputs = tuple(self._outputs)
-        open_to = adjustable(self._session, self.device)
-        self.adapters = Adapters(open_to, self.path, onnx_file.read_metadata(self.path), self.device)
+        metadata = onnx_file.read_metadata(self.path)
+        self.adapters = Adapters(adjustable(self._session, self.device), self.path, metadata, self.device)
         self._settings = self._run_options()
+        self._steps = Steps.read(metadata)
         self._replay = self._captured(cuda_graph)
+        self._generator: Generator | None = None
         if str(self.placement):
             warnings.warn(
                 f"{self.path.name} on {provider}: {self.placement}, and the device waits for each. Export it with `optimize` for "
@@ -90,6 +94,40 @@ class Runtime:
         """Choose the adapter of the runs to come, or one for each of their rows, or None for the base."""
         self.adapters.require(adapter, None)
         self.adapters.active = adapter
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 20,
+        *,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        adapter: Chosen | EllipsisType = ...,
+    ) -> Tensor:
+        """The ids (rows, columns) with up to so many tokens behind them, the likeliest or drawn; padding is on the left.
+
+        For a file that was exported with task="generate", else InputError. It ends where every row has ended, by the model's
+        own end tokens or the given ones. One text at a time: calls wait for each other.
+        """
+        if self._steps is None:
+            raise InputError(f'{self.path.name} keeps no cache: export the model with task="generate" (`--task generate`).')
+        ids = input_ids.to(self.device)
+        seen = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+        chosen = self.adapters.active if adapter is ... else adapter
+        require(ids, seen, max_new_tokens)
+        self.adapters.require(chosen, len(ids))
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        with self.adapters.lock:
+            if self._generator is None:
+                ports = (self._inputs, self._outputs)
+                self._generator = Generator(self._session, self._lane, *ports, self.adapters, self._steps)
+            choose = chooser(do_sample, temperature, top_k, top_p, seed)
+            return self._generator(ids, seen, max_new_tokens, ends, choose, chosen).to(input_ids.device)
 
     def run(self, inputs: Inputs, adapter: Chosen = None) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""

@@ -8,7 +8,7 @@ written for the layers between. Where anything does not match there is no graph,
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 
 import onnx_ir
 from onnx_ir import Graph, Model, Node, Value
@@ -45,9 +45,11 @@ class _Match:
 
     def _levels(self) -> dict[Value, int]:
         """The last layer whose weights a value depends on, -1 for what depends on none."""
-        level = {value: self._own_level(value) for value in self.graph.inputs}
+        level, inputs = {value: self._own_level(value) for value in self.graph.inputs}, set(self.graph.inputs)
         for node in self.graph:
             own = max((level.get(value, -1) for value in node.inputs if value is not None), default=-1)
+            if node.op_type == "Shape" and node.inputs[0] in inputs:  # one of a row stands for the sizes of all
+                own = -1
             level.update(dict.fromkeys(node.outputs, own))
         return level
 
@@ -159,6 +161,18 @@ def stamped(program: Model, weights: dict[str, Weight], stack: Stack) -> None:
             if read in copy:
                 node.replace_input_with(index, copy[read])
     graph.sort()
+    for ports in (graph.inputs, graph.outputs):
+        _in_order(ports, weights)
+
+
+def _in_order(ports: MutableSequence[Value], weights: dict[str, Weight]) -> None:
+    """Let inputs or outputs that come one a layer stand in the order of the layers."""
+    places = [index for index, value in enumerate(ports) if _NUMBER.search(str(value.name)) and value.name not in weights]
+    found = sorted((ports[index] for index in places), key=lambda value: [int(n) for n in _NUMBER.findall(str(value.name))])
+    rest = {index: value for index, value in zip(places, found, strict=True)}
+    values = [rest.get(index, value) for index, value in enumerate(ports)]
+    ports.clear()
+    ports.extend(values)
 
 
 def _copied(match: _Match, before: dict[Value, Value], step: int) -> dict[Value, Value]:

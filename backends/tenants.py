@@ -85,6 +85,7 @@ class _Layout:
     column: Tensor
     binding: Any
     session: Any
+    rows: int
 
 
 class Adapters:
@@ -202,10 +203,20 @@ class Adapters:
             self._layouts.pop(count, None)
             while len(self._layouts) >= _LAYOUTS:
                 self._layouts.pop(next(iter(self._layouts)))
-            layout = self._layouts[count] = self._laid_out(count, session)
+            layout = self._layouts[count] = self._laid_out(count, session, session.io_binding())
             self._live = ()
         self._place(layout, names * (count // len(names)))
         return layout.binding
+
+    def attached(self, session: Any, binding: Any, rows: int) -> Any:
+        """Memory for the adapters of so many rows, bound into a binding that goes on living; `fill` fills it."""
+        return self._laid_out(rows if self.rowwise else 1, session, binding) if self else None
+
+    def fill(self, attached: Any, chosen: Chosen) -> None:
+        """Put the chosen adapters where a binding reads them."""
+        if attached is not None:
+            names = self._named(chosen)
+            self._place(attached, names * (attached.rows // len(names)))
 
     def _place(self, layout: _Layout, names: tuple[str | None, ...]) -> None:
         live = (id(layout), names)
@@ -220,18 +231,17 @@ class Adapters:
             torch.take(self._store, rows[layout.row].add_(layout.column), out=layout.memory)
         self._live = live
 
-    def _laid_out(self, count: int, session: Any) -> _Layout:
+    def _laid_out(self, count: int, session: Any, binding: Any) -> _Layout:
         """Memory in which every input has its rows behind each other, as the graph reads them."""
         memory = torch.zeros(count * self._store.shape[1], dtype=self._store.dtype, device=self.device)
         row, column = (torch.zeros(memory.shape, dtype=torch.int32) for _ in range(2))
-        binding = session.io_binding()
         for place in self._places.values():
             part = slice(place.start * count, (place.start * count + place.size * count))
             row[part] = torch.arange(count, dtype=torch.int32).repeat_interleave(place.size)
             column[part] = torch.arange(place.start, place.start + place.size, dtype=torch.int32).repeat(count)
             shape = (count, *place.shape) if self.rowwise else place.shape
             bind(binding.bind_input, place.port, memory[part].view(shape))
-        return _Layout(memory, row.to(self.device), column.to(self.device), binding, session)
+        return _Layout(memory, row.to(self.device), column.to(self.device), binding, session, count)
 
     def _grow(self, count: int) -> None:
         have, width = self._store.shape

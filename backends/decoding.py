@@ -1,0 +1,165 @@
+"""One step of generation as a graph: prompts and single tokens alike, over caches of keys and values of a fixed length.
+
+Keys and values are scattered into buffers that the caller owns, so that a runtime may bind one buffer as input and output, and
+nothing is copied or grown; what a row may see comes as a mask, so that nothing in the graph depends on sizes alone.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sarac.ir.errors import ExportError
+from sarac.ir.inputs import Inputs
+
+KEY = "sarac.generation"  # the metadata entry with what a runtime needs to know to generate
+_KINDS = ("full_attention", "sliding_attention")
+_ROWS, _COLUMNS, _ROOM = 2, 3, 9  # of the inputs that a step is captured on
+
+
+class _Buffer:
+    """One layer's keys and values, (rows, heads, room, width), as transformers' attention asks a cache for them."""
+
+    is_sliding, is_compileable, is_initialized, supports_early_init = False, True, True, True
+
+    def __init__(self, keys: Tensor, values: Tensor, places: "_Places") -> None:
+        self.keys, self.values, self.places = keys, values, places
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put new ones at their positions; gives all."""
+        self.keys = self.keys.scatter(2, self.places.of(self.keys), key_states.to(self.keys.dtype))
+        self.values = self.values.scatter(2, self.places.of(self.values), value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, _: int) -> tuple[int, int]:
+        """Its room, from the first position on."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        """Nothing: masks and positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Its room."""
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length
+
+
+class _Places:
+    """Where new keys and values go: made of the inputs alone, so that all layers read one and none another's."""
+
+    def __init__(self, input_ids: Tensor, positions: Tensor) -> None:
+        self.rows, self.columns = input_ids.shape
+        self.positions, self.made = positions.view(1, 1, -1, 1), dict[tuple[int, int], Tensor]()
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The index along the room for every new number of a buffer."""
+        heads, width = int(buffer.shape[1]), int(buffer.shape[3])  # of the model, and never free
+        if (heads, width) not in self.made:
+            self.made[heads, width] = self.positions.expand(self.rows, heads, self.columns, width)
+        return self.made[heads, width]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a causal language model generates: the window of each mask that it reads (0 for none), by the mask's name."""
+
+    windows: dict[str, int]
+    eos: tuple[int, ...]
+    pad: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Steps":
+        """From a model of transformers'; ExportError for one that does not generate token after token from a cache."""
+        if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
+            raise ExportError(f"{type(model).__name__} generates nothing: export it without task (task=\"forward\").")
+        config = model.config.get_text_config(decoder=True)
+        if model.config.is_encoder_decoder:
+            raise ExportError(
+                f"{type(model).__name__} has an encoder, whose output a decoder reads beside its cache: task=\"generate\" knows "
+                "decoders alone. Export it with task=\"forward\"."
+            )
+        window = getattr(config, "sliding_window", None) or 0
+        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [_KINDS[bool(window)]]))
+        if odd := [kind for kind in kinds if kind not in _KINDS]:
+            raise ExportError(f"{type(model).__name__} has layers of {odd[0]}, which keep no keys and values: use task=\"forward\".")
+        windows = {kind: window if kind == _KINDS[1] else 0 for kind in kinds}
+        names = {"attention_mask": windows[kinds[0]]} if len(kinds) == 1 else {f"attention_mask.{k}": w for k, w in windows.items()}
+        chosen = model.generation_config
+        eos = chosen.eos_token_id if chosen is not None and chosen.eos_token_id is not None else ()
+        ends = tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        pad = chosen.pad_token_id if chosen is not None and chosen.pad_token_id is not None else (ends or (0,))[0]
+        return cls(names, ends, int(pad))
+
+    @classmethod
+    def read(cls, metadata: dict[str, str]) -> "Steps | None":
+        """From an exported file's metadata; None for one that does not generate."""
+        found = json.loads(metadata.get(KEY, "null"))
+        return found and cls(found["windows"], tuple(found["eos"]), found["pad"])
+
+    def entry(self) -> dict[str, str]:
+        """The metadata that `read` reads."""
+        return {KEY: json.dumps({"windows": self.windows, "eos": self.eos, "pad": self.pad})}
+
+    def masks(self, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What each new token may see, added to its scores: (rows, 1, columns, room), from where there are tokens (rows, room)."""
+        room = torch.arange(seen.shape[1], device=seen.device)
+        found = {}
+        for name, window in self.windows.items():
+            allowed = room <= positions[:, None]
+            if window:
+                allowed &= room > positions[:, None] - window
+            allowed = allowed & seen.bool()[:, None, None]
+            found[name] = torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return found
+
+    def inputs(self, model: nn.Module) -> Inputs:
+        """Inputs to capture a step on: as many caches as the model has layers now."""
+        device, dtype = model.device, model.dtype
+        ids = torch.zeros(_ROWS, _COLUMNS, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            cache = transformers.DynamicCache(config=model.config)
+            type(model).forward(model, input_ids=ids, past_key_values=cache, use_cache=True)
+        positions = torch.arange(4, 4 + _COLUMNS, device=device)
+        masks = self.masks(torch.ones(_ROWS, _ROOM, device=device), positions, dtype)
+        mask: Any = masks["attention_mask"] if len(masks) == 1 else {k.partition(".")[2]: m for k, m in masks.items()}
+        past = [{"key": _room(layer.keys), "value": _room(layer.values)} for layer in cache.layers]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.expand(_ROWS, -1).contiguous()}
+        return Inputs.of({**given, "cache_position": positions, "past_key_values": past})
+
+
+def _room(states: Tensor) -> Tensor:
+    return states.new_zeros(*states.shape[:2], _ROOM, states.shape[3])
+
+
+@contextlib.contextmanager
+def stepping(model: nn.Module) -> Iterator[None]:
+    """The model with a forward that is one step: its logits behind the last column, and the caches."""
+    before = vars(model).get("forward")
+    whole = model.forward
+
+    def forward(
+        input_ids: Tensor, attention_mask: Any, position_ids: Tensor, cache_position: Tensor, past_key_values: list[Any]
+    ) -> dict[str, Any]:
+        places = _Places(input_ids, cache_position)
+        layers: list[Any] = [_Buffer(one["key"], one["value"], places) for one in past_key_values]
+        cache = transformers.Cache(layers=layers)
+        found = whole(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return {"logits": found.logits, "present": [{"key": layer.keys, "value": layer.values} for layer in layers]}
+
+    try:
+        vars(model)["forward"] = forward
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
