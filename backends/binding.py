@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from sarac.ir.errors import ExportError
+from sarac.ir.errors import ExportError, InputError, near
 
 _HOST = torch.device("cpu")
 
@@ -74,6 +74,32 @@ def taken(port: Port, value: Any) -> Tensor:
     """An output in ONNX Runtime's memory as a torch tensor over the same memory."""
     tensor: Tensor = from_dlpack(value.__dlpack__())
     return tensor.view(torch.bool) if port.dtype == torch.bool else tensor  # DLPack has bools as bytes
+
+
+def require_buffers(
+    graph: str,
+    device: torch.device,
+    out: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    inputs: Mapping[str, Port],
+    outputs: Mapping[str, Port],
+) -> None:
+    """InputError for a buffer in `out` that its output does not fit into, as far as a graph of that name tells."""
+    sizes = {size: n for name, port in inputs.items() for size, n in zip(port.shape, values[name].shape, strict=True)}
+    for name, buffer in out.items():
+        if name not in outputs:
+            raise InputError(f"{graph} has no output {name!r} to write into `out`. {near(name, outputs)}")
+        port = outputs[name]
+        wanted = [sizes.get(size, size) for size in port.shape]
+        fits = buffer.dim() == len(wanted) and all(
+            isinstance(size, str) or size == n for size, n in zip(wanted, buffer.shape, strict=True)
+        )
+        if not fits or buffer.dtype != port.dtype or buffer.device != device or not buffer.is_contiguous():
+            raise InputError(
+                f"out[{name!r}] is {buffer.dtype} of shape {tuple(buffer.shape)}, strides {buffer.stride()}, on "
+                f"{buffer.device}; {graph} writes {port.dtype} of shape ({', '.join(map(str, wanted))}) on "
+                f"{device}: give a contiguous tensor of that kind, or leave it out."
+            )
 
 
 class Lane:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 
 from sarac.ir.errors import ExportError
 from sarac.ir.inputs import Inputs
@@ -22,13 +23,19 @@ _KINDS = ("full_attention", "sliding_attention")
 _ROWS, _COLUMNS, _ROOM = 2, 3, 9  # of the inputs that a step is captured on
 
 
-class _Buffer:
+class _Buffer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, (rows, heads, room, width), as transformers' attention asks a cache for them."""
 
-    is_sliding, is_compileable, is_initialized, supports_early_init = False, True, True, True
+    is_sliding, is_compileable = False, True
 
     def __init__(self, keys: Tensor, values: Tensor, places: "_Places") -> None:
-        self.keys, self.values, self.places = keys, values, places
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized, self.places = True, places
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers are given."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put new ones at their positions; gives all."""
@@ -36,7 +43,7 @@ class _Buffer:
         self.values = self.values.scatter(2, self.places.of(self.values), value_states.to(self.values.dtype))
         return self.keys, self.values
 
-    def get_mask_sizes(self, _: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Its room, from the first position on."""
         return self.keys.shape[2], 0
 
@@ -47,8 +54,6 @@ class _Buffer:
     def get_max_length(self) -> int:
         """Its room."""
         return self.keys.shape[2]
-
-    get_max_cache_shape = get_max_length
 
 
 class _Places:
@@ -78,24 +83,27 @@ class Steps:
     def of(cls, model: nn.Module) -> "Steps":
         """From a model of transformers'; ExportError for one that does not generate token after token from a cache."""
         if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
-            raise ExportError(f"{type(model).__name__} generates nothing: export it without task (task=\"forward\").")
+            raise ExportError(f'{type(model).__name__} generates nothing: export it without task (task="forward").')
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise ExportError(
-                f"{type(model).__name__} has an encoder, whose output a decoder reads beside its cache: task=\"generate\" knows "
-                "decoders alone. Export it with task=\"forward\"."
+                f'{type(model).__name__} has an encoder, whose output a decoder reads beside its cache: task="generate" knows '
+                'decoders alone. Export it with task="forward".'
             )
         window = getattr(config, "sliding_window", None) or 0
         kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [_KINDS[bool(window)]]))
         if odd := [kind for kind in kinds if kind not in _KINDS]:
-            raise ExportError(f"{type(model).__name__} has layers of {odd[0]}, which keep no keys and values: use task=\"forward\".")
+            raise ExportError(
+                f'{type(model).__name__} has layers of {odd[0]}, which keep no keys and values: use task="forward".'
+            )
         windows = {kind: window if kind == _KINDS[1] else 0 for kind in kinds}
-        names = {"attention_mask": windows[kinds[0]]} if len(kinds) == 1 else {f"attention_mask.{k}": w for k, w in windows.items()}
-        chosen = model.generation_config
-        eos = chosen.eos_token_id if chosen is not None and chosen.eos_token_id is not None else ()
-        ends = tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
-        pad = chosen.pad_token_id if chosen is not None and chosen.pad_token_id is not None else (ends or (0,))[0]
-        return cls(names, ends, int(pad))
+        names = (
+            {"attention_mask": windows[kinds[0]]} if len(kinds) == 1 else {f"attention_mask.{k}": w for k, w in windows.items()}
+        )
+        chosen: Any = model.generation_config
+        eos, pad = getattr(chosen, "eos_token_id", None), getattr(chosen, "pad_token_id", None)
+        ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        return cls(names, ends, int((ends or (0,))[0] if pad is None else pad))
 
     @classmethod
     def read(cls, metadata: dict[str, str]) -> "Steps | None":
@@ -108,7 +116,7 @@ class Steps:
         return {KEY: json.dumps({"windows": self.windows, "eos": self.eos, "pad": self.pad})}
 
     def masks(self, seen: Tensor, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What each new token may see, added to its scores: (rows, 1, columns, room), from where there are tokens (rows, room)."""
+        """What each new token may see, added to its scores, (rows, 1, columns, room); `seen`, (rows, room): where tokens are."""
         room = torch.arange(seen.shape[1], device=seen.device)
         found = {}
         for name, window in self.windows.items():
@@ -116,15 +124,17 @@ class Steps:
             if window:
                 allowed &= room > positions[:, None] - window
             allowed = allowed & seen.bool()[:, None, None]
-            found[name] = torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, torch.finfo(dtype).min)
+            found[name] = torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(
+                ~allowed, torch.finfo(dtype).min
+            )
         return found
 
-    def inputs(self, model: nn.Module) -> Inputs:
+    def inputs(self, model: Any) -> Inputs:
         """Inputs to capture a step on: as many caches as the model has layers now."""
         device, dtype = model.device, model.dtype
         ids = torch.zeros(_ROWS, _COLUMNS, dtype=torch.int64, device=device)
         with torch.no_grad():
-            cache = transformers.DynamicCache(config=model.config)
+            cache: Any = transformers.DynamicCache(config=model.config)
             type(model).forward(model, input_ids=ids, past_key_values=cache, use_cache=True)
         positions = torch.arange(4, 4 + _COLUMNS, device=device)
         masks = self.masks(torch.ones(_ROWS, _ROOM, device=device), positions, dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.onnx import _flags
 from torch.utils import _pytree as pytree
 
-from sarac.backends.runtime import named_leaves
+from sarac.backends.pairing import named_leaves
 from sarac.ir.errors import ExportError, InputError, near
 from sarac.ir.inputs import Inputs
 

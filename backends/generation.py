@@ -64,6 +64,18 @@ class Generator:
             logits = self._step(cache, token, columns + step)
         return _ended(ids, columns, stops)
 
+    def follow(self, ids: Tensor, seen: Tensor, count: int, adapter: Chosen = None) -> Tensor:
+        """The logits (rows, count + 1, words) behind all but the last `count` tokens, and behind each of these in its turn."""
+        found: list[Tensor] = []
+        given = ids.shape[1] - count
+
+        def told(so_far: Tensor, logits: Tensor) -> Tensor:
+            found.append(logits.clone())  # the next step writes into the same memory
+            return ids[:, min(so_far.shape[1], ids.shape[1] - 1)]
+
+        self(ids[:, :given], seen[:, :given], count + 1, (), told, adapter)
+        return torch.stack(found, 1)
+
     def _prompt(self, cache: _Cache, ids: Tensor, seen: Tensor, adapter: Chosen) -> Tensor:
         """Fill the cache with a prompt; gives the logits behind its last column."""
         rows, columns = ids.shape
@@ -79,12 +91,13 @@ class Generator:
         for tensor in cache.past.values():
             tensor.zero_()  # what another text left could be infinite, and masked it still would spoil a product
         binding = self._session.io_binding()
-        held = [bind(binding.bind_input, self._inputs[name], tensor.contiguous()) for name, tensor in given.items()]
-        self._adapters.fill(self._adapters.attached(self._session, binding, rows), adapter)
+        held: list[Any] = [bind(binding.bind_input, self._inputs[name], t.contiguous()) for name, t in given.items()]
+        held.append(attached := self._adapters.attached(self._session, binding, rows))
+        self._adapters.fill(attached, adapter)
         binding.bind_output("logits", ids.device.type, ids.device.index or 0)  # outputs come in the order of binding
         self._bind_past(binding, cache.past)
         with self._lane.ordered():
-            self._session.run_with_iobinding(binding, _settings(self._lane, "-1"))
+            self._session.run_with_iobinding(binding, settings(self._lane, "-1"))
         del held
         return taken(self._outputs["logits"], binding.get_outputs()[0]).float()
 
@@ -124,7 +137,7 @@ class Generator:
         bind(binding.bind_output, port, logits)
         given["seen"] = torch.zeros(rows, room, dtype=torch.int64, device=logits.device)
         attached = self._adapters.attached(self._session, binding, rows)
-        return _Cache(past, given, logits, binding, _settings(self._lane, str(self._made)), attached)
+        return _Cache(past, given, logits, binding, settings(self._lane, str(self._made)), attached)
 
     def _bind_past(self, binding: Any, past: Mapping[str, Tensor]) -> None:
         """The same memory as input and as output: a step writes its own keys and values into it, and copies nothing."""
@@ -142,8 +155,8 @@ def require(ids: Tensor, seen: Tensor, count: int) -> None:
         raise InputError(f"input_ids are token ids of shape (rows, columns), and not {ids.dtype} of shape {tuple(ids.shape)}.")
     if seen.shape != ids.shape or not bool(seen[:, -1].all()):
         raise InputError(
-            "The attention mask is of the ids' shape, and ones in its last column: pad prompts on their left, where the text that "
-            'follows does not go (tokenizer.padding_side = "left").'
+            "The attention mask is of the ids' shape, and ones in its last column: pad prompts on their left, where no text "
+            'follows (tokenizer.padding_side = "left").'
         )
     if count < 1:
         raise InputError(f"max_new_tokens={count}: at least one token is generated.")
@@ -155,7 +168,7 @@ def chooser(do_sample: bool, temperature: float, top_k: int, top_p: float, seed:
         return lambda _, logits: logits.argmax(-1)
     from transformers.generation import logits_process as shaping  # seconds to import: only who draws waits
 
-    steps = [shaping.TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+    steps: list[Any] = [shaping.TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
     steps += [shaping.TopKLogitsWarper(top_k)] if top_k else []
     steps += [shaping.TopPLogitsWarper(top_p)] if top_p < 1.0 else []
     generators: dict[torch.device, torch.Generator] = {}
@@ -177,7 +190,8 @@ def _ended(ids: Tensor, columns: int, stops: Tensor) -> Tensor:
     return ids[:, : columns + int(last)]
 
 
-def _settings(lane: Lane, graph: str) -> Any:
+def settings(lane: Lane, graph: str) -> Any:
+    """The options of a run, on a GPU as the CUDA graph of this number, "-1" for none."""
     options = onnxruntime.RunOptions()
     options.log_severity_level = 4
     if lane.options:  # on a GPU

@@ -1,7 +1,7 @@
-"""ONNX files in ONNX Runtime: held to one provider, run on torch tensors without copies, outputs paired with torch's."""
+"""ONNX files in ONNX Runtime: held to one provider, run on torch tensors without copies."""
 
 import contextlib
-import re
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sarac.backends import onnx_file
-from sarac.backends.binding import Lane, Replay, adjustable, bind, ports, taken
+from sarac.backends.binding import Lane, Replay, adjustable, bind, ports, require_buffers, taken
 from sarac.backends.decoding import Steps
-from sarac.backends.generation import Generator, chooser, require
+from sarac.backends.generation import Generator, chooser, require, settings
+from sarac.backends.pairing import dotted
 from sarac.backends.placement import placement
 from sarac.backends.providers import PROVIDERS, Start, reason, started
 from sarac.backends.tenants import Adapters, Chosen
@@ -23,7 +24,6 @@ from sarac.ir.check import leaves
 from sarac.ir.errors import ExportError, InputError, SaracWarning, near
 from sarac.ir.inputs import Inputs
 
-_CACHES = ("past_key_values", "past_buckets_states", "cache_params", "mems")  # what use_cache adds to the outputs
 _EXACT = {"use_tf32": "0"}  # ONNX Runtime's default rounds float32 products to ten bits, 50 times what a check allows
 _REMEDY = (
     "`sarac doctor` lists what runs here and what is missing; export a damaged file again, or one in a dtype without kernels "
@@ -65,12 +65,10 @@ class Runtime:
         self._inputs, self._outputs = ports(self._session, self.device)
         self.shapes, self.dtypes = ({n: getattr(p, what) for n, p in self._inputs.items()} for what in ("shape", "dtype"))
         self.outputs = tuple(self._outputs)
-        metadata = onnx_file.read_metadata(self.path)
-        self.adapters = Adapters(adjustable(self._session, self.device), self.path, metadata, self.device)
+        self._metadata = onnx_file.read_metadata(self.path)
+        self.adapters = Adapters(adjustable(self._session, self.device), self.path, self._metadata, self.device)
         self._settings = self._run_options()
-        self._steps = Steps.read(metadata)
         self._replay = self._captured(cuda_graph)
-        self._generator: Generator | None = None
         if str(self.placement):
             warnings.warn(
                 f"{self.path.name} on {provider}: {self.placement}, and the device waits for each. Export it with `optimize` for "
@@ -114,20 +112,28 @@ class Runtime:
         For a file that was exported with task="generate", else InputError. It ends where every row has ended, by the model's
         own end tokens or the given ones. One text at a time: calls wait for each other.
         """
-        if self._steps is None:
-            raise InputError(f'{self.path.name} keeps no cache: export the model with task="generate" (`--task generate`).')
-        ids = input_ids.to(self.device)
+        generator, ids = self.generator, input_ids.to(self.device)
         seen = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
         chosen = self.adapters.active if adapter is ... else adapter
         require(ids, seen, max_new_tokens)
         self.adapters.require(chosen, len(ids))
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         with self.adapters.lock:
-            if self._generator is None:
-                ports = (self._inputs, self._outputs)
-                self._generator = Generator(self._session, self._lane, *ports, self.adapters, self._steps)
             choose = chooser(do_sample, temperature, top_k, top_p, seed)
-            return self._generator(ids, seen, max_new_tokens, ends, choose, chosen).to(input_ids.device)
+            return generator(ids, seen, max_new_tokens, ends, choose, chosen).to(input_ids.device)
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """What `generate` runs; InputError for a file without a cache."""
+        steps = Steps.read(self._metadata)
+        if steps is None:
+            raise InputError(f'{self.path.name} keeps no cache: export the model with task="generate" (`--task generate`).')
+        return Generator(self._session, self._lane, self._inputs, self._outputs, self.adapters, steps)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the file was exported to generate."""
+        return Steps.read(self._metadata) is not None
 
     def run(self, inputs: Inputs, adapter: Chosen = None) -> dict[str, Tensor]:
         """The outputs by name, in the graph's order, on the CPU; InputError where the inputs do not fit the graph."""
@@ -173,7 +179,7 @@ class Runtime:
 
     def _launch(self, inputs: Inputs, out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
         values = {name: tensor.detach().to(self._inputs[name].device).contiguous() for name, tensor in self.feed(inputs).items()}
-        self._require_buffers(out, values)
+        require_buffers(self.path.name, self.device, out, values, self._inputs, self._outputs)
         self.adapters.require(adapter, next((t.shape[0] for t in values.values() if t.dim()), None))
         try:
             if self._replay:
@@ -202,22 +208,6 @@ class Runtime:
             for (name, port), value in zip(self._outputs.items(), binding.get_outputs(), strict=True)
         }
 
-    def _require_buffers(self, out: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """InputError for a buffer that its output does not fit into, as far as the graph tells."""
-        sizes = {size: n for name, port in self._inputs.items() for size, n in zip(port.shape, values[name].shape, strict=True)}
-        for name, buffer in out.items():
-            if name not in self._outputs:
-                raise InputError(f"{self.path.name} has no output {name!r} to write into `out`. {near(name, self.outputs)}")
-            port = self._outputs[name]
-            wanted = [sizes.get(size, size) for size in port.shape]
-            fits = buffer.dim() == len(wanted) and all(map(_matches, wanted, buffer.shape))
-            if not fits or buffer.dtype != port.dtype or buffer.device != self.device or not buffer.is_contiguous():
-                raise InputError(
-                    f"out[{name!r}] is {buffer.dtype} of shape {tuple(buffer.shape)}, strides {buffer.stride()}, on "
-                    f"{buffer.device}; {self.path.name} writes {port.dtype} of shape ({', '.join(map(str, wanted))}) on "
-                    f"{self.device}: give a contiguous tensor of that kind, or leave it out."
-                )
-
     def _start(self, *, graph: bool = False) -> Start:
         options = {**self._options, **self._lane.options, **({"enable_cuda_graph": "1"} if graph else {})}
         return started(str(self.path), PROVIDERS[self.provider], options, self._threads)
@@ -236,6 +226,10 @@ class Runtime:
         if wanted is False or (wanted is None and self.device.type == "cpu"):
             return None
         why = self._uncapturable()
+        if self.generates and self.device.type == "cuda" and not str(self.placement):
+            self._session = None
+            self._session, self._settings = self._start(graph=True).session, settings(self._lane, "-1")
+            return None  # the generator captures a graph for each of its caches, and all else runs beside them
         if not why:
             self._session = None  # two at once would hold the weights twice
             try:
@@ -276,7 +270,7 @@ class Runtime:
                 by_name[name] = value
                 continue
             for path, tensor in leaves(value):
-                key = name if isinstance(value, Tensor) else f"{name}.{_dotted(path)}"
+                key = name if isinstance(value, Tensor) else f"{name}.{dotted(path)}"
                 # The writer puts "input." before a name that an output has too, and torch joins nested ones by "_".
                 known = [n for n in (key, f"input.{key}", key.replace(".", "_")) if n in self.shapes]
                 by_name[known[0] if known else key] = tensor
@@ -286,41 +280,9 @@ class Runtime:
         yield from by_name.items()
 
 
-def _matches(wanted: int | str, size: int) -> bool:
-    return isinstance(wanted, str) or wanted == size
-
-
 def _device(index: int) -> torch.device:
     """The GPU of that number, or the CPU where torch has no CUDA: ONNX Runtime then copies what goes in and out."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count and index >= count:
         raise ExportError(f"There is no GPU {index}: torch sees {count}. Give a device_id below that.")
     return torch.device("cuda", index) if count else torch.device("cpu")
-
-
-def named_leaves(outputs: Any) -> dict[str, Tensor]:
-    """Every tensor of a model's nested outputs by its dotted path, such as "logits" or "hidden_states.0"."""
-    return {_dotted(path): tensor for path, tensor in leaves(outputs)}
-
-
-def paired(outputs: Mapping[str, Tensor], reference: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `Runtime.run` gave beside the same outputs of torch, in one order and form, ready for `check.difference`.
-
-    Paired by name, or by order where the graph's names are others. A cache that torch returns and the graph does not
-    is left out; any other difference in number is an ExportError.
-    """
-    theirs = named_leaves(reference)
-    name_of = {name: name if name in theirs else name.removeprefix("output.") for name in outputs}
-    wanted = {name: t for name, t in theirs.items() if name in name_of.values() or not name.startswith(_CACHES)}
-    if len(wanted) != len(outputs):
-        raise ExportError(
-            f"The ONNX model gives {len(outputs)} outputs ({', '.join(outputs)}) and torch {len(wanted)} "
-            f"({', '.join(wanted)}): call the model as it was captured, or export it again as you call it."
-        )
-    if set(name_of.values()) == set(wanted):
-        return dict(outputs), {name: wanted[name_of[name]] for name in outputs}
-    return dict(outputs), dict(zip(outputs, wanted.values(), strict=True))
-
-
-def _dotted(path: str) -> str:
-    return ".".join(re.findall(r"\w+", path))

@@ -169,7 +169,7 @@ def _in_order(ports: MutableSequence[Value], weights: dict[str, Weight]) -> None
     """Let inputs or outputs that come one a layer stand in the order of the layers."""
     places = [index for index, value in enumerate(ports) if _NUMBER.search(str(value.name)) and value.name not in weights]
     found = sorted((ports[index] for index in places), key=lambda value: [int(n) for n in _NUMBER.findall(str(value.name))])
-    rest = {index: value for index, value in zip(places, found, strict=True)}
+    rest = dict(zip(places, found, strict=True))
     values = [rest.get(index, value) for index, value in enumerate(ports)]
     ports.clear()
     ports.extend(values)

@@ -12,55 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnxruntime import AdapterFormat, OrtValue
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
+from sarac.backends.adapter_file import ROLES, read_adapter, version_of
 from sarac.backends.binding import Port, bind
 from sarac.backends.swap import KEY
 from sarac.ir.errors import CheckpointError, ExportError, InputError, near
-from sarac.ir.plan import Plan
 
-SUFFIX = ".onnx_adapter"
-ROLES = {"shift", "router", "router_in"}  # of the tensors that a swap exchanges
 Chosen = str | None | Sequence[str | None]
 _ALIGNED = 8  # elements: 16 bytes in half precision, the widest load of a kernel
 _LAYOUTS = 8  # how many batch sizes keep their memory
-
-
-def version_of(base: str) -> int:
-    """A base's hash as the model version of ONNX Runtime's adapter files, which is a positive int32."""
-    return int(base[:7], 16) if base else 0
-
-
-def write_adapter(path: Path, tensors: Mapping[str, Tensor], base: str) -> None:
-    """Write ONNX Runtime's adapter file: tensors by the names of a graph's inputs, and the version of their base."""
-    file = AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(version_of(base))
-    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    file.set_parameters({name: _value(tensor) for name, tensor in values.items()})
-    file.export_adapter(str(path))
-
-
-def read_adapter(path: Path) -> tuple[dict[str, Tensor], str, int]:
-    """The tensors of an adapter file, ONNX Runtime's or sarac's own, the hash of their base if it has one, and its version."""
-    if not path.is_file():
-        raise CheckpointError(f"There is no adapter file at {path}: check the path.")
-    try:
-        if path.suffix != SUFFIX:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                base = json.loads(metadata.get("base", "{}")).get("float32", "")
-                _require_swappable(path, metadata)
-                return {name: file.get_tensor(name) for name in file.keys()}, base, version_of(base)  # noqa: SIM118  no dict
-        found = AdapterFormat.read_adapter(str(path))
-        tensors = {name: from_dlpack(value._ortvalue).clone() for name, value in found.get_parameters().items()}
-        return tensors, "", int(found.get_model_version())
-    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise CheckpointError(f"{path} is no readable adapter file: {reason.rstrip('.')}. Write it again.") from error
 
 
 @dataclass(frozen=True)
@@ -219,8 +180,7 @@ class Adapters:
             self._place(attached, names * (attached.rows // len(names)))
 
     def _place(self, layout: _Layout, names: tuple[str | None, ...]) -> None:
-        live = (id(layout), names)
-        if live == self._live:
+        if self._live and self._live[0] is layout and self._live[1] == names:
             return
         indices = [self._row(name) for name in names]
         if len(indices) == 1:
@@ -229,7 +189,7 @@ class Adapters:
             width = self._store.shape[1]
             rows = torch.tensor(indices).mul_(width).to(self.device, non_blocking=True)
             torch.take(self._store, rows[layout.row].add_(layout.column), out=layout.memory)
-        self._live = live
+        self._live = (layout, names)
 
     def _laid_out(self, count: int, session: Any, binding: Any) -> _Layout:
         """Memory in which every input has its rows behind each other, as the graph reads them."""
@@ -285,19 +245,3 @@ class Adapters:
         if name not in self._rows:
             raise InputError(f"There is no adapter {name!r} here. {near(str(name), self.names)}")
         return self._rows[name]
-
-
-def _require_swappable(path: Path, metadata: Mapping[str, str]) -> None:
-    sites = Plan.from_json(metadata["plan"]).sites if "plan" in metadata else {}
-    trained = [site for site, adapter in sites.items() if not ROLES.issuperset(adapter.trainable)]
-    if trained:
-        raise CheckpointError(
-            f"{path} trained the factors of {trained[0]} too, which the graph has as constants: fold it, and export the merged "
-            "model."
-        )
-
-
-def _value(tensor: Tensor) -> OrtValue:
-    if tensor.dtype == torch.bfloat16:
-        raise ExportError("ONNX Runtime's adapter files have no bfloat16 from Python: write it in fp32, which is converted.")
-    return OrtValue.ortvalue_from_numpy(tensor.numpy())

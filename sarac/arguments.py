@@ -44,6 +44,7 @@ _DYNAMIC = 'Which sizes stay free: all that can, none, or by name as in "input_i
 _OPTIMIZE = "Operators that ONNX Runtime alone knows (ort), folded constants (basic). Default: ort for cuda, else basic."
 _SWAPPABLE = "Leave the adapters open, to swap in at run time: one at a time, or with =rowwise one for each row of a batch."
 _ENGINE = "genai: the merged model as a folder that onnxruntime_genai generates from, with --tokenizer's files."
+_TASK = "generate: a causal language model's step over a cache of keys and values, for sarac.Runtime's generate."
 _OPSET = "The ONNX operator set to write."
 
 
@@ -103,6 +104,7 @@ Dynamic = Annotated[str, typer.Option(metavar="auto|static|SIZES", help=_DYNAMIC
 Optimize = Annotated[Literal["none", "basic", "ort"] | None, typer.Option(help=_OPTIMIZE)]
 External = Annotated[Literal["auto", "always", "never"], typer.Option(help="Whether the weights lie in a file beside.")]
 Swappable = Annotated[Literal["whole", "rowwise"] | None, typer.Option("--swappable", metavar="[=rowwise]", help=_SWAPPABLE)]
+Task = Annotated[Literal["forward", "generate"], typer.Option(help=_TASK)]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Export and check three layers first: seconds.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", metavar="FILE", dir_okay=False, help="What came out, as JSON.")]
 Opset = Annotated[int, typer.Option(help=_OPSET)]

@@ -54,6 +54,7 @@ def export(
     onnx: take.OnnxFile,
     merge: take.Merge = None,
     swappable: take.Swappable = None,
+    task: take.Task = "forward",
     opset: take.Opset = 20,
     dtype: take.Dtype = None,
     dynamic: take.Dynamic = "auto",
@@ -76,19 +77,18 @@ def export(
     take.require_place(onnx if engine == "onnx" else None)
     if routing is not None and merge is False:
         raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
-    spec = take.spec_of(specs)
-    opened = take.opened(model, args, factory, trust_pickle)
-    opened, approximation = _averaged(opened, routing, calibration, tokenizer)
-    merge = merge if routing is None else None
+    spec, whole = take.spec_of(specs), take.opened(model, args, factory, trust_pickle)
+    opened, approximation = _averaged(whole, routing, calibration, tokenizer)
     form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
-    form |= {"swappable": {None: False, "whole": True}.get(swappable, swappable), "engine": engine}
-    form["tokenizer"] = tokenizer if engine == "genai" or routing is None else None
+    form |= {"swappable": swappable == "whole" or swappable or False, "engine": engine, "task": task, "provider": provider}
+    form |= {"merge": merge if routing is None else None, "external_data": external_data}
+    words = tokenizer if engine == "genai" or routing is None else None
     with busy("Exporting"):
-        written_file = emit.export(opened, onnx, spec, merge=merge, provider=provider, external_data=external_data, **form)
-    said = json.dumps({**json.loads(written_file.to_json()), "routing": routing, "approximation": approximation})
+        done = emit.export(opened, onnx, spec, tokenizer=words, **form)
+    said = json.dumps({**json.loads(done.to_json()), "routing": routing, "approximation": approximation})
     if report_file is not None:
         report_file.write_text(said, encoding="utf-8")
-    show(as_json, said, written_file.table(), _verdict(written_file, "written and verified"))
+    show(as_json, said, done.table(), _verdict(done, "written and verified"))
 
 
 def verify(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sarac import storage
-from sarac.backends import lora, peft, tenants
+from sarac.backends import adapter_file, lora, peft
 from sarac.checkpoint import Adapters, read_adapter, read_model, tensors_of
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, CheckpointError, RewriteError
@@ -101,7 +101,7 @@ def _model(model: nn.Module, sites: Adapters, path: Path) -> Conversion:
 
 def _onnx(model: nn.Module, sites: Adapters, path: Path) -> Conversion:
     save_onnx_adapter(model, path)
-    found, _, _ = tenants.read_adapter(path)
+    found, _, _ = adapter_file.read_adapter(path)
     own = {name: {"": tensor} for name, tensor in found.items()}
     _require_same({name: {"": sites[name.rpartition(".sara_")[0]][name.rpartition(".sara_")[2]]} for name in own}, own)
     return Conversion(path, "onnx", len(sites))

@@ -1,13 +1,10 @@
 """Emitting: fold or route, write ONNX aside, hold it against torch at shapes it has not seen, then put it in place."""
 
+import functools
 import json
-import re
-import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,22 @@ from torch import nn
 
 from sarac import serving
 from sarac.backends import genai, onnx, onnx_file, runtime
+from sarac.backends.decoding import Steps
 from sarac.backends.stack import shortened, stack_of
+from sarac.backends.unseen import unseen_inputs
 from sarac.checkpoint import adapted_weights, base_hashes
+from sarac.generating import stepped, texts
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, RewriteError, SaracWarning
 from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
-from sarac.ir.layers import adapted
+from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
 from sarac.passes.fold import Fold
-from sarac.proof import Comparison, ExportReport, compare, noted
-from sarac.swapping import compare_swaps, swap_for
+from sarac.placing import aside, free_data, placed
+from sarac.proof import Comparison, ExportReport, hold, noted
+from sarac.swapping import Run, compare_swaps, swap_for
 from sarac.text import input_spec
 from sarac.trace import trace
 
@@ -38,6 +39,7 @@ _DTYPE = "sarac.dtype"  # the metadata entry with the dtype of the weights
 _BREAKING = 23  # ONNX Runtime up to 1.31 fails on its RotaryEmbedding
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPTIMIZE, EXTERNAL = ("none", "basic", "ort"), ("auto", "always", "never")
+TASKS = ("forward", "generate")
 
 
 def export(
@@ -54,6 +56,7 @@ def export(
     external_data: str = "auto",
     smoke: bool = False,
     swappable: bool | str = False,
+    task: str = "forward",
     engine: str = "onnx",
     tokenizer: str | Path | None = None,
 ) -> ExportReport:
@@ -65,15 +68,17 @@ def export(
     `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
     `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", each row its
     own. It is checked with the model's own adapter, another, and none.
+    `task` "generate" writes a causal language model's step over a cache of keys and values, for `Runtime.generate`.
     `engine` "genai" writes the merged model and `tokenizer` (a folder; default: the model's) for onnxruntime_genai.
     """
     if engine != "onnx" or tokenizer is not None:
         shape = {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data, "smoke": smoke}
-        serving.require(engine, tokenizer, example_inputs=example_inputs, merge=merge, swappable=swappable, **shape)
+        serving.require(engine, tokenizer, example_inputs=example_inputs, merge=merge, swappable=swappable, task=task, **shape)
         return _served(model, Path(path), merge, dtype, provider, tokenizer)
     form = _form(opset, dynamic, dtype, optimize, provider, external_data)
     if swap := swap_for(model, swappable):
         form, merge = replace(form, swap=swap), _unmerged(merge)
+    form = replace(form, steps=_steps(model, task, dynamic))
     return _written(Path(path), form, merge, smoke, *_widened(model, form.dtype, *_inputs(model, example_inputs)))
 
 
@@ -92,18 +97,18 @@ def _written(
     graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
-    with _aside(target) as folder:
+    with aside(target) as folder:
         if smoke:
             _tried(model, graph.module, folder / target.name, form, spec, inputs, metadata)
         tried = time.perf_counter()
-        files = form.write(graph.module, inputs, folder / target.name, metadata, _free_data(target))
+        files = form.write(graph.module, inputs, folder / target.name, metadata, free_data(target))
         exported = time.perf_counter()
         comparisons = _compared(model, graph.module, folder / target.name, form, spec, inputs)
         seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
         layers = _note(folder / target.name, merged, comparisons, graph.folded)
-        placed = _placed(files, target)
+        places = placed(files, target)
     open_to = "" if not form.swap else "rowwise" if form.swap.rowwise else "whole"
-    return ExportReport(target, placed, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers, open_to)
+    return ExportReport(target, places, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers, open_to)
 
 
 def _tried(
@@ -160,9 +165,22 @@ def _compared(
     model: nn.Module, emitted: nn.Module, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
 ) -> tuple[Comparison, ...]:
     session = runtime.Runtime(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
+    run: Run = functools.partial(stepped, session) if session.generates else session.run
+    with torch.no_grad(), evaluating(model):
+        unseen = texts(model) if session.generates else unseen_inputs(spec, session, inputs, model=model)
     if session.adapters:
-        return compare_swaps(model, session, spec, inputs, form.dtype)
-    return compare(model, emitted, session, spec, inputs, form.dtype)
+        return compare_swaps(model, session.adapters, run, unseen, form.dtype)
+    return hold(model, emitted, lambda given: run(given, None), unseen, form.dtype)
+
+
+def _steps(model: nn.Module, task: str, dynamic: str) -> Steps | None:
+    if task not in TASKS:
+        raise ExportError(f"task={task!r} is not known: give one of {', '.join(TASKS)}.")
+    if task == "forward":
+        return None
+    if dynamic != "auto":
+        raise ExportError(f'task="generate" leaves rows, columns and the cache\'s room free: leave dynamic={dynamic!r} out.')
+    return Steps.of(model)
 
 
 def _unmerged(merge: bool | None) -> bool:
@@ -240,44 +258,3 @@ def _metadata(model: nn.Module, dtype: torch.dtype | None) -> dict[str, str]:
     if record is not None:
         entries |= {"sarac.plan": record.plan.to_json(), "sarac.base": base_hashes(weights)["float32"]}
     return entries
-
-
-def _data_of(target: Path) -> list[Path]:
-    """The files of weights beside exports of this name."""
-    name = re.compile(rf"{re.escape(target.name)}(\.\d+)?\.data")
-    return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name))
-
-
-def _free_data(target: Path) -> str:
-    """A name for the weights that no export has: the one that stands here is whole until the new one names its own."""
-    taken = {path.name for path in _data_of(target)}
-    names = (f"{target.name}{f'.{number}' if number else ''}.data" for number in range(len(taken) + 1))
-    return next(name for name in names if name not in taken)
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder beside the target, gone afterwards."""
-    if target.is_dir():
-        raise ExportError(f"{target} is a folder: name a file in it, for example {target / 'model.onnx'}.")
-    try:
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours.") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _placed(files: tuple[Path, ...], target: Path) -> tuple[Path, ...]:
-    """Put the files in place, the one that names the others last; then what the export that stood here had beside it goes."""
-    places = tuple(target.parent / file.name for file in files)
-    try:
-        for file, place in reversed(list(zip(files, places, strict=True))):
-            file.replace(place)
-        for old in set(_data_of(target)) - set(places):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror}.") from error
-    return places

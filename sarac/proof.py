@@ -11,12 +11,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from sarac.backends import runtime
 from sarac.backends.exporting import typed
-from sarac.backends.unseen import unseen_inputs
+from sarac.backends.pairing import paired
 from sarac.ir import check
 from sarac.ir.graph import Folded
-from sarac.ir.inputs import Inputs, InputSpec
+from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.record import record_of
 from sarac.surgery import disabled
@@ -102,24 +101,6 @@ class ExportReport:
         return table
 
 
-def compare(
-    model: nn.Module,
-    emitted: nn.Module,
-    session: runtime.Runtime,
-    spec: InputSpec,
-    captured: Inputs,
-    dtype: torch.dtype | None = None,
-) -> tuple[Comparison, ...]:
-    """The comparisons at unseen shapes, every one within its gate; CheckFailed at the first that is not.
-
-    A file in another `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it,
-    and torch computes with them in the model's own.
-    """
-    with torch.no_grad(), evaluating(model):
-        unseen = unseen_inputs(spec, session, captured, model=model)
-    return hold(model, emitted, session.run, unseen, dtype)
-
-
 def hold(
     model: nn.Module,
     emitted: nn.Module,
@@ -127,7 +108,11 @@ def hold(
     unseen: Sequence[Inputs],
     dtype: torch.dtype | None = None,
 ) -> tuple[Comparison, ...]:
-    """The comparisons of what `run` gives for inputs with torch, as `compare` makes them."""
+    """What `run` gives for inputs, against torch: the comparisons, every one within its gate; CheckFailed at the first beyond.
+
+    A file in another `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it,
+    and torch computes with them in the model's own.
+    """
     own = check.coarsest(model)
     wanted, rows = dtype or own, []
     with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
@@ -139,14 +124,14 @@ def hold(
             between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model")
             if reference is not None:
                 check.require_merge_keeps(merged, unmerged, reference, own)
-            ours, theirs = runtime.paired(run(inputs), unmerged)
+            ours, theirs = paired(run(inputs), unmerged)
             check.require_finite(ours, "The ONNX model's output")
             found = check.require_close(ours, theirs, wanted, "The ONNX model and the adapted torch model")
             if record_of(model) is not None:
                 with disabled(model):
                     plain = inputs.call(model)
                     check.require_different(merged, plain, "The merged model's outputs and the base's", _UNTRAINED)
-                    base = runtime.paired(ours, plain)[1]
+                    base = paired(ours, plain)[1]
                     check.require_nearer(ours, theirs, base, "The outputs", "the adapted model's", "the base's", _UNTRAINED)
             errors = (found.error, found.max_error, between.error, between.max_error)
             rows.append(Comparison(inputs.describe(), *errors))
@@ -166,5 +151,9 @@ def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) 
         return [None] * len(unseen)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     wider = copy.deepcopy(model).to(wide)
+    configs: list[Any] = [config for module in wider.modules() if (config := getattr(module, "config", None)) is not None]
+    for config in configs:
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # its fused kernels know no float64
     widened = [inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor) for inputs in unseen]
     return [inputs.call(wider) for inputs in widened]

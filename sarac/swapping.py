@@ -1,7 +1,7 @@
 """Swappable exports: which models can be, the adapter files for them, and the proof that every swap gives what it should."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from sarac import surgery
-from sarac.backends import runtime, tenants
+from sarac.backends import adapter_file, tenants
+from sarac.backends.pairing import paired
 from sarac.backends.swap import Swap, swap_of
-from sarac.backends.unseen import unseen_inputs
 from sarac.checkpoint import adapted_weights, base_hashes, tensors_of, written
 from sarac.ir import check
 from sarac.ir.errors import CheckFailed, ExportError, InputError, NotFoldable
-from sarac.ir.inputs import Inputs, InputSpec
+from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.record import record_of
 from sarac.proof import Comparison
 
+Run = Callable[[Inputs, tenants.Chosen], Mapping[str, Tensor]]  # an export's outputs for inputs and an adapter
 _SPREAD = 0.03  # of the shifts that are drawn for a check: larger ones make a deep model magnify rounding
 _WIDTHS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -49,11 +50,11 @@ def save_onnx_adapter(model: nn.Module, path: str | Path, *, dtype: str = "fp32"
         name: value.to(_WIDTHS[dtype])[None] if rowwise else value.to(_WIDTHS[dtype]) for name, value in _live(model).items()
     }
     base = base_hashes(adapted_weights(model), ["float32"])["float32"]
-    written(path, lambda aside: tenants.write_adapter(aside, tensors, base))
+    written(path, lambda aside: adapter_file.write_adapter(aside, tensors, base))
 
 
 def compare_swaps(
-    model: nn.Module, session: runtime.Runtime, spec: InputSpec, captured: Inputs, dtype: torch.dtype | None = None
+    model: nn.Module, adapters: tenants.Adapters, run: Run, unseen: Sequence[Inputs], dtype: torch.dtype | None = None
 ) -> tuple[Comparison, ...]:
     """The model's own adapter, another and none, swapped in one after the other: each run held against torch, every one
     within its gate, and different from the one before. Row by row also a batch that mixes them. CheckFailed where not.
@@ -65,18 +66,17 @@ def compare_swaps(
     names |= {"another": _drawn(trained, 2), None: {name: torch.zeros_like(value) for name, value in trained.items()}}
     for name, values in names.items():
         if name is not None:
-            session.adapters.add(name, values)
+            adapters.add(name, values)
     with torch.no_grad(), evaluating(model):
-        unseen = unseen_inputs(spec, session, captured, model=model)
         given = {name: _of_torch(model, values, unseen) for name, values in names.items()}
         for index, inputs in enumerate(unseen):
             outputs = {name: given[name][index] for name in names}
-            found = {name: _compared(session, inputs, name, outputs[name], wanted) for name in names}
+            found = {name: _compared(run, inputs, name, outputs[name], wanted) for name in names}
             for one, two in (("this", "another"), ("another", None), (None, "this")):
                 check.require_different(found[one][0], found[two][0], f"The outputs with {_said(one)} and {_said(two)}", _SAME)
             rows += [_row(inputs, name, found[name][1], outputs[name], wanted) for name in names]
-            if session.adapters.rowwise:
-                rows.append(_mixed(session, inputs, {name: outputs[name][0] for name in names}, wanted))
+            if adapters.rowwise:
+                rows.append(_mixed(run, inputs, {name: outputs[name][0] for name in names}, wanted))
     return tuple(rows)
 
 
@@ -95,9 +95,9 @@ def _of_torch(model: nn.Module, values: Mapping[str, Tensor], unseen: Sequence[I
 
 
 def _compared(
-    session: runtime.Runtime, inputs: Inputs, name: str | None, outputs: tuple[Any, Any], dtype: torch.dtype
+    run: Run, inputs: Inputs, name: str | None, outputs: tuple[Any, Any], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], check.Difference]:
-    ours, theirs = runtime.paired(session.run(inputs, name), outputs[0])
+    ours, theirs = paired(run(inputs, name), outputs[0])
     check.require_finite(ours, "The ONNX model's output")
     return ours, check.require_close(ours, theirs, dtype, f"The ONNX model and the torch model with {_said(name)}")
 
@@ -110,11 +110,11 @@ def _row(inputs: Inputs, name: str | None, found: check.Difference, outputs: tup
     return Comparison(what, found.error, found.max_error, merged.error, merged.max_error)
 
 
-def _mixed(session: runtime.Runtime, inputs: Inputs, outputs: Mapping[str | None, Any], dtype: torch.dtype) -> Comparison:
+def _mixed(run: Run, inputs: Inputs, outputs: Mapping[str | None, Any], dtype: torch.dtype) -> Comparison:
     """A batch of which every row has an adapter of its own, against the rows of batches that have one alone."""
-    count = next(t.shape[0] for t in session.feed(inputs).values() if t.dim())
+    count = next(t.shape[0] for t in (*inputs.args, *inputs.kwargs.values()) if isinstance(t, Tensor) and t.dim())
     chosen = [tuple(outputs)[index % len(outputs)] for index in range(count)]
-    whole = {name: runtime.paired(session.run(inputs, name), output)[1] for name, output in outputs.items()}
+    whole = {name: paired(run(inputs, name), output)[1] for name, output in outputs.items()}
     odd = next((name for name, t in whole[None].items() if not t.dim() or t.shape[0] != count), None)
     if odd is not None:
         raise CheckFailed(
@@ -123,7 +123,7 @@ def _mixed(session: runtime.Runtime, inputs: Inputs, outputs: Mapping[str | None
     wanted = {name: torch.stack([whole[tenant][name][row] for row, tenant in enumerate(chosen)]) for name in whole[None]}
     what = "A batch whose rows have adapters of their own, and these one by one (a model that reshapes its rows?)"
     try:
-        ours = session.run(inputs, chosen)
+        ours = run(inputs, chosen)
     except InputError as error:
         raise CheckFailed(f"{what}: {error}") from error
     found = check.require_close(ours, wanted, dtype, what)
@@ -136,7 +136,7 @@ def _require_shifts(model: nn.Module, what: str) -> None:
     record = record_of(model)
     if record is None:
         raise ExportError(f"{type(model).__name__} carries no adapters: {what} needs them. Transform it first (sarac.transform).")
-    trained = [site for site, adapter in record.plan.sites.items() if not tenants.ROLES.issuperset(adapter.trainable)]
+    trained = [site for site, adapter in record.plan.sites.items() if not adapter_file.ROLES.issuperset(adapter.trainable)]
     if trained or record.plan.also_train:
         reason = f"the factors of {trained[0]} train" if trained else f"{record.plan.also_train[0]} trains whole"
         raise ExportError(
@@ -149,7 +149,7 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     """What trains in the model's adapters, by the names of a graph's inputs."""
     return {
         f"{site}.sara_{role}": tensor.float() for site, roles in tensors_of(model).items() for role, tensor in roles.items()
-        if role in tenants.ROLES
+        if role in adapter_file.ROLES
     }  # fmt: skip
 
 

@@ -55,15 +55,21 @@ MAY_IMPORT = {
     "backends.placement": "backends.onnx_file backends.providers",
     "backends.binding": "ir.*",
     "backends.swap": "ir.*",
-    "backends.tenants": "ir.* backends.binding backends.swap",
-    "backends.runtime": "ir.* backends.binding backends.onnx_file backends.placement backends.providers backends.tenants",
+    "backends.adapter_file": "ir.*",
+    "backends.tenants": "ir.* backends.adapter_file backends.binding backends.swap",
+    "backends.decoding": "ir.*",
+    "backends.pairing": "ir.*",
+    "backends.generation": "ir.* backends.binding backends.decoding backends.tenants",
+    "backends.runtime": "ir.* backends.binding backends.decoding backends.generation backends.onnx_file backends.pairing "
+    "backends.placement backends.providers backends.tenants",
     "backends.unseen": "ir.* backends.runtime",
-    "backends.exporting": "ir.* backends.runtime",
+    "backends.exporting": "ir.* backends.pairing",
     "backends.lift": "ir.*",
     "backends.tidy": "ir.* backends.lift",
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
-    "backends.onnx": "ir.* backends.exporting backends.lift backends.stack backends.stamp backends.swap backends.tidy",
+    "backends.onnx": "ir.* backends.decoding backends.exporting backends.lift backends.stack backends.stamp backends.swap "
+    "backends.tidy",
     "backends.genai": "ir.* backends.onnx_file backends.providers",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
@@ -88,9 +94,11 @@ MAY_IMPORT = {
     "folders": "ir.* passes.* trace recipe report shards",
     "surgery": "ir.* passes.* trace recipe report planning storage folders",
     "proof": "ir.* backends.* surgery",
+    "generating": "ir.* backends.*",
+    "placing": "ir.*",
     "swapping": "ir.* backends.* checkpoint proof surgery",
     "serving": "ir.* backends.* proof text",
-    "emit": "ir.* passes.* backends.* trace checkpoint proof serving surgery swapping text",
+    "emit": "ir.* passes.* backends.* trace checkpoint generating placing proof serving surgery swapping text",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
@@ -114,7 +122,8 @@ OWNED = {
     "ONNX": (
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
-        "backends.placement backends.binding backends.runtime backends.swap backends.tenants",
+        "backends.placement backends.binding backends.runtime backends.swap backends.tenants "
+        "backends.generation backends.adapter_file",
     ),
 }
 

@@ -18,7 +18,8 @@ from zoo import VOCABULARY, Own, close, differ, mlp, outputs
 
 import sarac
 from sarac.backends.onnx_file import matmul_count, read_metadata
-from sarac.backends.runtime import Runtime, paired
+from sarac.backends.pairing import paired
+from sarac.backends.runtime import Runtime
 from sarac.checkpoint import adapted_weights, base_hashes
 from sarac.ir import check
 from sarac.ir.inputs import Inputs

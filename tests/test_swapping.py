@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from zoo import adapt, close, differ, folded, ids, llama, mlp, outputs, same, shake
 
 import sarac
+from sarac.backends.adapter_file import read_adapter
 from sarac.backends.onnx_file import node_counts
-from sarac.backends.tenants import read_adapter
 from sarac.cli import app
 from sarac.ir.errors import CheckFailed, CheckpointError, ExportError, InputError
 

@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
-from zoo import adapt, close, differ, mlp, outputs, same, shake
+from zoo import adapt, close, differ, llama, mlp, outputs, same, shake
 
 import sarac
 from sarac import doctor
@@ -144,3 +144,23 @@ def test_adapters_swap_in_on_a_gpu_and_in_its_graphs(tmp_path: Path, method: str
     chosen = ["1", None, "0", "1"]
     mixed = next(iter(runtime(x.cuda(), adapter=chosen).values())).cpu()
     close(mixed, torch.stack([wanted[name][row] for row, name in enumerate(chosen)]))
+
+
+@pytest.mark.filterwarnings("ignore::sarac.ir.errors.SaracWarning")
+def test_a_gpu_generates_what_the_cpu_does(tmp_path: Path) -> None:
+    model = shake(adapt(llama(5).eval()))
+    for provider in ("cpu", "cuda"):
+        sarac.export(model, tmp_path / f"{provider}.onnx", task="generate", provider=provider, swappable="rowwise")
+    runtimes = {provider: Runtime(tmp_path / f"{provider}.onnx", provider) for provider in ("cpu", "cuda")}
+    ids = torch.randint(8, 32, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    values = {name: 0.2 * torch.randn(shape) for name, shape in runtimes["cpu"].adapters.shapes.items()}
+    for runtime in runtimes.values():
+        runtime.adapters.add("one", values)
+    for adapter in (None, "one", ["one", None, "one"], None):
+        for count in (5, 40, 5):
+            found = [one.generate(ids, count, attention_mask=mask, adapter=adapter, eos_token_id=()) for one in runtimes.values()]
+            assert torch.equal(*found)
+    one, none = (runtimes["cuda"].generator.follow(ids.cuda(), mask.cuda(), 2, adapter) for adapter in ("one", None))
+    differ(one.cpu(), none.cpu())

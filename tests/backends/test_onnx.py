@@ -20,7 +20,8 @@ from sarac.backends import exporting
 from sarac.backends import onnx as writer
 from sarac.backends.onnx import Onnx
 from sarac.backends.onnx_file import matmul_count, node_counts, read_metadata, write_metadata
-from sarac.backends.runtime import Runtime, paired
+from sarac.backends.pairing import paired
+from sarac.backends.runtime import Runtime
 from sarac.backends.unseen import dynamic_axes, unseen_inputs
 from sarac.ir.errors import ExportError, InputError
 from sarac.ir.inputs import Inputs, InputSpec

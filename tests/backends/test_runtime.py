@@ -15,9 +15,10 @@ from torch import Tensor
 from zoo import close, differ, same
 
 from sarac.backends.binding import bind
+from sarac.backends.pairing import paired
 from sarac.backends.placement import Placement
 from sarac.backends.providers import providers
-from sarac.backends.runtime import Runtime, paired
+from sarac.backends.runtime import Runtime
 from sarac.ir.errors import ExportError, InputError
 from sarac.ir.inputs import Inputs
 

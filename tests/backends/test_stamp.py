@@ -14,7 +14,8 @@ from zoo import bert, close, differ, gpt2, llama
 from sarac.backends import onnx as writer
 from sarac.backends.onnx import LAYERS, Onnx
 from sarac.backends.onnx_file import node_counts, read_metadata
-from sarac.backends.runtime import Runtime, paired
+from sarac.backends.pairing import paired
+from sarac.backends.runtime import Runtime
 from sarac.backends.stack import shortened, stack_of
 from sarac.ir.inputs import Inputs
 
