@@ -7,7 +7,9 @@ import onnx_ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from sarac.backends.attention import unmasked
 from sarac.backends.lift import Weight, cut
+from sarac.backends.reshapes import straightened
 
 ROUNDS = 2  # what the first round removes lets the second fold more
 
@@ -54,6 +56,8 @@ def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> 
             cut(program, weights)
     # The rules fuse these a second time after they undid them.
     fusions._unfuse_mixed_dtype_skip_norms(program)
+    unmasked(program)
+    straightened(program)
 
 
 def packed(program: onnx_ir.Model, weights: dict[str, Weight]) -> None:

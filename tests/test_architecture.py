@@ -65,7 +65,9 @@ MAY_IMPORT = {
     "backends.unseen": "ir.* backends.runtime",
     "backends.exporting": "ir.* backends.pairing",
     "backends.lift": "ir.*",
-    "backends.tidy": "ir.* backends.lift",
+    "backends.attention": "",
+    "backends.reshapes": "",
+    "backends.tidy": "ir.* backends.attention backends.lift backends.reshapes",
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
     "backends.onnx": "ir.* backends.decoding backends.exporting backends.lift backends.stack backends.stamp backends.swap "
@@ -123,7 +125,7 @@ OWNED = {
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
         "backends.placement backends.binding backends.runtime backends.swap backends.tenants "
-        "backends.generation backends.adapter_file",
+        "backends.generation backends.adapter_file backends.attention backends.reshapes",
     ),
 }
 

@@ -66,7 +66,7 @@ def main() -> None:
     dtype = torch.float16 if given.device == "cuda" else torch.float32
     torch.manual_seed(0)
     model: Any = (llama(5, 48, 96, 3, 1, 100) if given.tiny else llama(30, 576, 1536, 9, 3, 49152)).eval().requires_grad_(False)
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     steps = Steps.of(model)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         started = time.perf_counter()
