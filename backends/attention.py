@@ -14,11 +14,12 @@ LEAST = -1e4  # what a mask adds at least where it hides: half precision ends at
 _BIAS, _PAST = 5, 6  # the inputs of com.microsoft's MultiHeadAttention that add to its scores, and that hold earlier keys
 
 
-def unmasked(program: onnx_ir.Model) -> None:
+def unmasked(program: onnx_ir.Model, *, seeing: bool = False) -> None:
     """Attention without its mask, where that hides nothing, or what comes later alone: `unidirectional` says so.
 
     Kernels for that form skip what is hidden, and need no scores in memory: at (8, 1024) half the time. The mask is proven
-    by what it is made of (sizes of the inputs and constants, no values) and by what it comes to at several sizes.
+    by what it is made of (sizes of the inputs and constants, no values) and by what it comes to at several sizes. `seeing`:
+    whoever gives the masks lets every row see something, so that rows that see nothing need no guard.
     """
     found = Worked(program)
     for node in list(program.graph):
@@ -28,7 +29,7 @@ def unmasked(program: onnx_ir.Model) -> None:
             elif found.always(node.inputs[_BIAS], _looks_back):
                 node.attributes["unidirectional"] = onnx_ir.AttrInt64("unidirectional", 1)
                 node.replace_input_with(_BIAS, None)
-        elif node.op_type == "Where" and (rows := _guarded(node)) and found.always(node.inputs[0], lambda value: not value.any()):
+        elif (rows := _guarded(node)) and (seeing or found.always(node.inputs[0], lambda value: not value.any())):
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], rows, replace_graph_outputs=True)
 
 
@@ -114,6 +115,9 @@ def _plain(node: onnx_ir.Node) -> bool:
 
 def _guarded(node: onnx_ir.Node) -> onnx_ir.Value | None:
     """The attention's output in which a Where replaces rows that see nothing; None where it does something else."""
+    zeros = onnx_ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "Where" and node.inputs[1] else None
+    if zeros is None or zeros.numpy().any():
+        return None
     source = node.inputs[2]
     while source is not None and (maker := source.producer()) is not None and maker.op_type in ("Reshape", "Transpose"):
         source = maker.inputs[0]

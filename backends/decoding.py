@@ -24,7 +24,10 @@ _ROWS, _COLUMNS, _ROOM = 2, 3, 9  # of the inputs that a step is captured on
 
 
 class _Buffer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, (rows, heads, room, width), as transformers' attention asks a cache for them."""
+    """One layer's keys and values, (rows, room, heads · width), as transformers' attention asks a cache for them.
+
+    Attention's kernels read this layout as it is, and new ones are scattered into it as projections give them.
+    """
 
     is_sliding, is_compileable = False, True
 
@@ -39,13 +42,20 @@ class _Buffer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put new ones at their positions; gives all."""
-        self.keys = self.keys.scatter(2, self.places.of(self.keys), key_states.to(self.keys.dtype))
-        self.values = self.values.scatter(2, self.places.of(self.values), value_states.to(self.values.dtype))
-        return self.keys, self.values
+        self.keys, keys = self._put(self.keys, key_states)
+        self.values, values = self._put(self.values, value_states)
+        return keys, values
+
+    def _put(self, buffer: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffer with new states (rows, heads, columns, width), and all as such."""
+        heads, width = int(states.shape[1]), int(states.shape[3])  # of the model, and never free
+        flat = states.transpose(1, 2).flatten(2).to(buffer.dtype)
+        buffer = buffer.scatter(1, self.places.of(heads * width), flat)
+        return buffer, buffer.view(*buffer.shape[:2], heads, width).transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Its room, from the first position on."""
-        return self.keys.shape[2], 0
+        return self.keys.shape[1], 0
 
     def get_seq_length(self) -> int:
         """Nothing: masks and positions are given."""
@@ -53,22 +63,21 @@ class _Buffer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_max_length(self) -> int:
         """Its room."""
-        return self.keys.shape[2]
+        return self.keys.shape[1]
 
 
 class _Places:
     """Where new keys and values go: made of the inputs alone, so that all layers read one and none another's."""
 
     def __init__(self, input_ids: Tensor, positions: Tensor) -> None:
-        self.rows, self.columns = input_ids.shape
-        self.positions, self.made = positions.view(1, 1, -1, 1), dict[tuple[int, int], Tensor]()
+        self.shape: tuple[Any, Any] = (input_ids.shape[0], input_ids.shape[1])
+        self.positions, self.made = positions.view(1, -1, 1), dict[int, Tensor]()
 
-    def of(self, buffer: Tensor) -> Tensor:
-        """The index along the room for every new number of a buffer."""
-        heads, width = int(buffer.shape[1]), int(buffer.shape[3])  # of the model, and never free
-        if (heads, width) not in self.made:
-            self.made[heads, width] = self.positions.expand(self.rows, heads, self.columns, width)
-        return self.made[heads, width]
+    def of(self, width: int) -> Tensor:
+        """The index along the room for every new number of a buffer of this width."""
+        if width not in self.made:
+            self.made[width] = self.positions.expand(*self.shape, width)
+        return self.made[width]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ class Steps:
             allowed = room <= positions[:, None]
             if window:
                 allowed &= room > positions[:, None] - window
-            allowed = allowed & seen.bool()[:, None, None]
+            # Padding sees itself: a row that saw nothing could come to NaN, and so would all that its keys are weighed into.
+            allowed = (allowed & seen.bool()[:, None, None]) | (room == positions[:, None])
             found[name] = torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(
                 ~allowed, torch.finfo(dtype).min
             )
@@ -145,7 +155,7 @@ class Steps:
 
 
 def _room(states: Tensor) -> Tensor:
-    return states.new_zeros(*states.shape[:2], _ROOM, states.shape[3])
+    return states.new_zeros(states.shape[0], _ROOM, states.shape[1] * states.shape[3])
 
 
 @contextlib.contextmanager

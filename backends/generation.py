@@ -79,14 +79,15 @@ class Generator:
     def _prompt(self, cache: _Cache, ids: Tensor, seen: Tensor, adapter: Chosen) -> Tensor:
         """Fill the cache with a prompt; gives the logits behind its last column."""
         rows, columns = ids.shape
-        room = next(iter(cache.past.values())).shape[2]
+        room = next(iter(cache.past.values())).shape[1]
         there = torch.zeros(rows, room, dtype=ids.dtype, device=ids.device)
         there[:, :columns] = seen
         positions = torch.arange(columns, device=ids.device)
         places = (seen.cumsum(1) - 1).clamp(min=0)
         given = {"input_ids": ids, "position_ids": places, "cache_position": positions}
         given |= self._steps.masks(there, positions, self._mask_dtype())
-        cache.given["seen"].copy_(there)
+        for name, mask in self._steps.masks(there, positions[-1:], self._mask_dtype()).items():
+            cache.given[name].copy_(mask)
         cache.given["position_ids"].copy_(places[:, -1:])
         for tensor in cache.past.values():
             tensor.zero_()  # what another text left could be infinite, and masked it still would spoil a product
@@ -107,9 +108,10 @@ class Generator:
         given["input_ids"].copy_(token[:, None])
         given["cache_position"].fill_(position)
         given["position_ids"].add_(1)
-        given["seen"][:, position] = 1
-        for name, mask in self._steps.masks(given["seen"], given["cache_position"], self._mask_dtype()).items():
-            given[name].copy_(mask)
+        for name, window in self._steps.windows.items():
+            given[name][..., position] = 0
+            if 0 < window <= position:
+                given[name][..., position - window] = torch.finfo(given[name].dtype).min
         with self._lane.ordered():
             self._session.run_with_iobinding(cache.binding, cache.settings)
         return cache.logits.float()
@@ -126,7 +128,7 @@ class Generator:
         past, given, binding = {}, {}, self._session.io_binding()
         for name, port in self._inputs.items():
             if name.startswith("past_key_values"):
-                past[name] = _zeros(port, (rows, int(port.shape[1]), room, int(port.shape[3])))
+                past[name] = _zeros(port, (rows, room, int(port.shape[2])))
             else:
                 shape = (rows, 1, 1, room) if len(port.shape) == 4 else (rows, 1) if len(port.shape) == 2 else (1,)
                 given[name] = _zeros(port, shape)
@@ -135,7 +137,6 @@ class Generator:
         port = self._outputs["logits"]
         logits = _zeros(port, (rows, 1, int(port.shape[2])))
         bind(binding.bind_output, port, logits)
-        given["seen"] = torch.zeros(rows, room, dtype=torch.int64, device=logits.device)
         attached = self._adapters.attached(self._session, binding, rows)
         return _Cache(past, given, logits, binding, settings(self._lane, str(self._made)), attached)
 

@@ -42,8 +42,11 @@ def finished(program: onnx_ir.Model) -> None:
             value.shape = onnx_ir.Shape([int(str(size)) if str(size).isdigit() else size for size in value.shape])
 
 
-def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> None:
-    """ONNX Runtime's own operators for `provider`, "cpu" or "cuda": transformers' rules, its packing on weights as symbols."""
+def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str, *, seeing: bool = False) -> None:
+    """ONNX Runtime's own operators for `provider`, "cpu" or "cuda": transformers' rules, its packing on weights as symbols.
+
+    `seeing`: the masks that are inputs let every row see something.
+    """
     from transformers.exporters import onnxruntime_fusions as fusions  # seconds to import: only who fuses waits
 
     passes.InlinePass()(program)
@@ -56,7 +59,7 @@ def fused(program: onnx_ir.Model, weights: dict[str, Weight], provider: str) -> 
             cut(program, weights)
     # The rules fuse these a second time after they undid them.
     fusions._unfuse_mixed_dtype_skip_norms(program)
-    unmasked(program)
+    unmasked(program, seeing=seeing)
     straightened(program)
 
 
