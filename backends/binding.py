@@ -111,6 +111,11 @@ class Lane:
         self._lock = threading.Lock()  # ONNX Runtime takes one run at a time on a stream that it was given
 
     @property
+    def on_host(self) -> bool:
+        """Whether there is none, and runs are on the CPU."""
+        return self._stream is None
+
+    @property
     def options(self) -> dict[str, str]:
         """The CUDA provider's options for this stream. Torch's default stream has no number that would do: it is 0."""
         return {} if self._stream is None else {"user_compute_stream": str(self._stream.cuda_stream)}
@@ -128,43 +133,3 @@ class Lane:
                 yield
             finally:
                 current.wait_stream(self._stream)
-
-
-class Replay:
-    """A session's run on buffers that stay where they are, as a CUDA graph asks: inputs are copied in, outputs out."""
-
-    def __init__(
-        self,
-        session: Any,
-        options: Any,
-        lane: Lane,
-        inputs: Mapping[str, Port],
-        outputs: Mapping[str, Port],
-        adapters: Any = None,
-    ) -> None:
-        self._session, self._options, self._lane, self._adapters = session, options, lane, adapters
-        batch = next((int(port.shape[0]) for port in inputs.values() if port.shape), 1)
-        self._rows = batch if adapters and adapters.rowwise else 1
-        self._binding = adapters.bound(session, None, self._rows) if adapters else session.io_binding()
-        # Zeros are in range for every index; what the first run makes of them is thrown away.
-        self._inputs, self._outputs = ({name: port.zeros() for name, port in some.items()} for some in (inputs, outputs))
-        self._held = [bind(self._binding.bind_input, inputs[name], tensor) for name, tensor in self._inputs.items()]
-        self._held += [bind(self._binding.bind_output, outputs[name], tensor) for name, tensor in self._outputs.items()]
-        self._guard = threading.Lock()
-        self._run()  # the first run is the one that is captured
-
-    def __call__(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor], adapter: Any = None) -> dict[str, Tensor]:
-        """The outputs for inputs of the graph's shapes and an adapter, in memory of their own or that of `out`."""
-        with self._guard:
-            if self._adapters:
-                self._adapters.bound(self._session, adapter, self._rows)
-            for name, buffer in self._inputs.items():
-                if values[name].shape != buffer.shape:  # copying would spread a smaller one over the buffer
-                    raise ValueError(f"{name} is of shape {tuple(values[name].shape)}, not {tuple(buffer.shape)}")
-                buffer.copy_(values[name])
-            self._run()
-            return {name: out[name].copy_(t) if name in out else t.clone() for name, t in self._outputs.items()}
-
-    def _run(self) -> None:
-        with self._lane.ordered():
-            self._session.run_with_iobinding(self._binding, self._options)

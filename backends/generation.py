@@ -7,19 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor
 
 from sarac.backends.binding import Lane, Port, bind, taken
 from sarac.backends.decoding import Steps
+from sarac.backends.graphs import NONE, settings
 from sarac.backends.tenants import Adapters, Chosen
 from sarac.ir.errors import InputError
 
 STEP = 64  # tokens by which the room of a cache is rounded up: one CUDA graph serves many lengths
 _KEPT = 4  # caches that stay, by rows and room
 _LOOK = 16  # tokens between two looks whether all rows have ended: each waits for the GPU
-_GRAPH = "gpu_graph_id"  # ONNX Runtime's name for which graph a run captures or replays; "-1" for none
 Choose = Callable[[Tensor, Tensor], Tensor]  # the next tokens (rows,) from the ids so far and the logits (rows, words)
 
 
@@ -98,7 +97,7 @@ class Generator:
         binding.bind_output("logits", ids.device.type, ids.device.index or 0)  # outputs come in the order of binding
         self._bind_past(binding, cache.past)
         with self._lane.ordered():
-            self._session.run_with_iobinding(binding, settings(self._lane, "-1"))
+            self._session.run_with_iobinding(binding, settings(NONE, wait=self._lane.on_host))
         del held
         return taken(self._outputs["logits"], binding.get_outputs()[0]).float()
 
@@ -138,7 +137,7 @@ class Generator:
         logits = _zeros(port, (rows, 1, int(port.shape[2])))
         bind(binding.bind_output, port, logits)
         attached = self._adapters.attached(self._session, binding, rows)
-        return _Cache(past, given, logits, binding, settings(self._lane, str(self._made)), attached)
+        return _Cache(past, given, logits, binding, settings(str(self._made), wait=self._lane.on_host), attached)
 
     def _bind_past(self, binding: Any, past: Mapping[str, Tensor]) -> None:
         """The same memory as input and as output: a step writes its own keys and values into it, and copies nothing."""
@@ -189,16 +188,6 @@ def _ended(ids: Tensor, columns: int, stops: Tensor) -> Tensor:
     ends = torch.isin(ids[:, columns:], stops)
     last = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1]).max()
     return ids[:, : columns + int(last)]
-
-
-def settings(lane: Lane, graph: str) -> Any:
-    """The options of a run, on a GPU as the CUDA graph of this number, "-1" for none."""
-    options = onnxruntime.RunOptions()
-    options.log_severity_level = 4
-    if lane.options:  # on a GPU
-        options.add_run_config_entry(_GRAPH, graph)
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
 
 
 def _zeros(port: Port, shape: tuple[int, ...]) -> Tensor:

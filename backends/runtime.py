@@ -8,14 +8,14 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor
 
 from sarac.backends import onnx_file
-from sarac.backends.binding import Lane, Replay, adjustable, bind, ports, require_buffers, taken
+from sarac.backends.binding import Lane, adjustable, bind, ports, require_buffers, taken
 from sarac.backends.decoding import Steps
-from sarac.backends.generation import Generator, chooser, require, settings
+from sarac.backends.generation import Generator, chooser, require
+from sarac.backends.graphs import NONE, OFTEN, Graphs, Uncapturable, settings
 from sarac.backends.pairing import dotted
 from sarac.backends.placement import placement
 from sarac.backends.providers import PROVIDERS, Start, reason, started
@@ -34,7 +34,8 @@ _REMEDY = (
 class Runtime:
     """An ONNX file opened on one provider, "cpu" or "cuda"; ExportError if it cannot be opened there and nowhere else.
 
-    `runtime(*tensors, **tensors)` runs it. `cuda_graph` None captures one where it can be, True insists, False never does;
+    `runtime(*tensors, **tensors)` runs it. `cuda_graph` None captures one for shapes that come back, where it can be and
+    outputs are small; True insists, for every shape at once; False never does.
     `threads` on the CPU are as many as torch has. A node that computes on the CPU beside CUDA draws a SaracWarning.
     `adapters` holds those of a swappable export: `runtime.adapters.add("mine", "mine.onnx_adapter")`.
     """
@@ -58,7 +59,7 @@ class Runtime:
         self._threads, self._options = threads, {"device_id": str(device_id), **_EXACT} if provider == "cuda" else {}
         self.device = _device(device_id) if provider == "cuda" else torch.device("cpu")
         self._lane = Lane(self.device)
-        start = self._start()
+        start, able = self._opened(cuda_graph)
         if start.session is None:
             raise ExportError(f"{path} cannot run on {provider}: {start.reason} {start.remedy or _REMEDY}")
         self._session, self.placement = start.session, placement(start, self.path)
@@ -67,8 +68,8 @@ class Runtime:
         self.outputs = tuple(self._outputs)
         self._metadata = onnx_file.read_metadata(self.path)
         self.adapters = Adapters(adjustable(self._session, self.device), self.path, self._metadata, self.device)
-        self._settings = self._run_options()
-        self._replay = self._captured(cuda_graph)
+        self._settings = settings(NONE if able else "", wait=self._waits())
+        self._graphs = self._capturing(able, cuda_graph)
         if str(self.placement):
             warnings.warn(
                 f"{self.path.name} on {provider}: {self.placement}, and the device waits for each. Export it with `optimize` for "
@@ -168,7 +169,7 @@ class Runtime:
         return ", ".join(map(str, self._inputs.values()))
 
     def __repr__(self) -> str:
-        graph = " as a CUDA graph" if self._replay else ""
+        graph = " with CUDA graphs" if self._graphs else ""
         return f"<Runtime {self.path} on {self.provider}{graph}: {self.describe()} -> {', '.join(self.outputs)}>"
 
     def __reduce__(self) -> str:
@@ -182,15 +183,23 @@ class Runtime:
         require_buffers(self.path.name, self.device, out, values, self._inputs, self._outputs)
         self.adapters.require(adapter, next((t.shape[0] for t in values.values() if t.dim()), None))
         try:
-            if self._replay:
-                return self._replay(values, out, adapter)
             with self.adapters.lock if self.adapters else contextlib.nullcontext():
-                return self._bound(values, out, adapter)
+                return self._graphed(values, out, adapter) if self._graphs else self._bound(values, out, adapter)
+        except ExportError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{self.path.name} does not run on these inputs ({inputs.describe()}): {reason(error)} It takes "
                 f"{self.describe()}: give inputs of such shapes, or export again with the ones that you need."
             ) from error
+
+    def _graphed(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
+        assert self._graphs is not None
+        try:
+            return self._graphs.run(values, out, adapter, lambda: self._bound(values, out, adapter))
+        except Uncapturable as error:
+            self._plainly(error, insisted=self._graphs.often == 1)
+            return self._bound(values, out, adapter)
 
     def _bound(self, values: Mapping[str, Tensor], out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
         binding = self.adapters.bound(self._session, adapter)
@@ -212,52 +221,53 @@ class Runtime:
         options = {**self._options, **self._lane.options, **({"enable_cuda_graph": "1"} if graph else {})}
         return started(str(self.path), PROVIDERS[self.provider], options, self._threads)
 
-    def _run_options(self) -> Any:
-        options = onnxruntime.RunOptions()
-        options.log_severity_level = 4  # fatal alone, as what goes wrong is raised
-        lying = {port.device for port in (*self._inputs.values(), *self._outputs.values())}
-        if self.device.type == "cuda" and lying <= {self.device} and not str(self.placement):
-            # Where all stays on the GPU, torch's later work waits there for this run, and the host need not.
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return options
+    def _opened(self, wanted: bool | None) -> tuple[Start, bool]:
+        """A session and whether it may capture CUDA graphs: as is wanted where ONNX Runtime lets it, else one that may not."""
+        if self.device.type == "cuda" and wanted is not False:
+            start = self._start(graph=True)
+            if start.session is not None and not str(placement(start, self.path)):
+                return start, True
+        return self._start(), False
 
-    def _captured(self, wanted: bool | None) -> Replay | None:
-        """The run as a CUDA graph, or None where none is wanted or, unless one is insisted on, possible."""
-        if wanted is False or (wanted is None and self.device.type == "cpu"):
+    def _capturing(self, able: bool, wanted: bool | None) -> Graphs | None:
+        """What captures and replays runs, or None where none is wanted or, unless one is insisted on, possible."""
+        why = self._uncapturable() if able or wanted else "none is wanted."
+        if self.generates or (why and not wanted):  # what generates captures a graph for each of its caches
             return None
-        why = self._uncapturable()
-        if self.generates and self.device.type == "cuda" and not str(self.placement):
-            self._session = None
-            self._session, self._settings = self._start(graph=True).session, settings(self._lane, "-1")
-            return None  # the generator captures a graph for each of its caches, and all else runs beside them
-        if not why:
-            self._session = None  # two at once would hold the weights twice
-            try:
-                self._session, why = (start := self._start(graph=True)).session, start.reason
-                if not why:
-                    return Replay(self._session, self._settings, self._lane, self._inputs, self._outputs, self.adapters)
-            except Exception as error:  # noqa: BLE001 - an operator may do anything that a capture forbids
-                why = reason(error)
-            self._session = self._start().session
-        if wanted:
+        try:
+            if why:
+                raise ExportError(why)
+            both = (self._inputs, self._outputs)
+            graphs = Graphs(self._session, self._lane, *both, self.adapters, 1 if wanted else OFTEN)
+            if all(isinstance(size, int) for ports in both for port in ports.values() for size in port.shape):
+                graphs.capture(*({name: port.zeros() for name, port in ports.items()} for ports in both))
+        except (ExportError, Uncapturable) as error:
+            self._plainly(error, insisted=wanted is True)
+            return None
+        return graphs
+
+    def _plainly(self, error: Exception, *, insisted: bool) -> None:
+        """Go on with a session that captures nothing, as one that failed at it cannot; ExportError where graphs are a must."""
+        if insisted:
+            why = reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise ExportError(
                 f"{self.path} cannot run as a CUDA graph: {why} Leave `cuda_graph` out, or export it so that it can."
-            )
-        return None
+            ) from error
+        self._session = self._graphs = None  # two at once would hold the weights twice
+        self._session = self._start().session
+        self._settings = settings(wait=self._waits())
+
+    def _waits(self) -> bool:
+        """Whether the host waits for a run: it need not where all stays on the GPU, as torch's later work waits there."""
+        lying = {port.device for port in (*self._inputs.values(), *self._outputs.values())}
+        return self.device.type != "cuda" or not lying <= {self.device} or bool(str(self.placement))
 
     def _uncapturable(self) -> str:
         """Why the run cannot be a CUDA graph, as far as the opened session tells."""
         if self.device.type == "cpu":
             return 'it runs on the CPU: open it with provider="cuda" where torch sees a GPU.'
-        everything = (*self._inputs.values(), *self._outputs.values())
-        free = dict.fromkeys(size for port in everything for size in port.shape if isinstance(size, str))
-        hosted = [port.name for port in everything if port.device != self.device]
-        return (
-            f"its sizes {', '.join(free)} are free." if free
-            else f"{self.placement}." if str(self.placement)
-            else f"{', '.join(hosted)} lies on the CPU." if hosted
-            else ""
-        )  # fmt: skip
+        hosted = [port.name for port in (*self._inputs.values(), *self._outputs.values()) if port.device != self.device]
+        return f"{self.placement}." if str(self.placement) else f"{', '.join(hosted)} lies on the CPU." if hosted else ""
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
         wanted = self.dtypes.get(name, tensor.dtype)

@@ -59,9 +59,10 @@ MAY_IMPORT = {
     "backends.tenants": "ir.* backends.adapter_file backends.binding backends.swap",
     "backends.decoding": "ir.*",
     "backends.pairing": "ir.*",
-    "backends.generation": "ir.* backends.binding backends.decoding backends.tenants",
-    "backends.runtime": "ir.* backends.binding backends.decoding backends.generation backends.onnx_file backends.pairing "
-    "backends.placement backends.providers backends.tenants",
+    "backends.graphs": "backends.binding backends.tenants",
+    "backends.generation": "ir.* backends.binding backends.decoding backends.graphs backends.tenants",
+    "backends.runtime": "ir.* backends.binding backends.decoding backends.generation backends.graphs backends.onnx_file "
+    "backends.pairing backends.placement backends.providers backends.tenants",
     "backends.unseen": "ir.* backends.runtime",
     "backends.exporting": "ir.* backends.pairing",
     "backends.lift": "ir.*",
@@ -125,7 +126,7 @@ OWNED = {
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
         "backends.placement backends.binding backends.runtime backends.swap backends.tenants "
-        "backends.generation backends.adapter_file backends.attention backends.reshapes",
+        "backends.graphs backends.adapter_file backends.attention backends.reshapes",
     ),
 }
 

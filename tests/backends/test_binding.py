@@ -8,9 +8,9 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
-from zoo import differ, same
+from zoo import same
 
-from sarac.backends.binding import Lane, Port, Replay, bind, ports, taken
+from sarac.backends.binding import Lane, Port, bind, ports, taken
 from sarac.ir.errors import ExportError
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
@@ -70,21 +70,6 @@ def test_memory_is_bound_where_it_lies(session) -> None:
     given["x"].add_(1)
     session.run_with_iobinding(binding)
     same(out, -given["x"])
-
-
-def test_a_replay_keeps_its_buffers_and_gives_outputs_of_their_own(session) -> None:
-    replay = Replay(session, None, Lane(CPU), *ports(session, CPU))
-    first = replay(values(), {})
-    kept = first["y"].clone()
-    buffer = torch.zeros(2, 3)
-    second = replay(values(-1.0), {"y": buffer})
-    same(first["y"], kept)
-    same(first, {"y": -values()["x"], "z": torch.tensor([True, False]), "w": torch.empty(0, 3)})
-    assert second["y"] is buffer
-    same(buffer, values()["x"])
-    differ(first["z"], second["z"])
-    with pytest.raises(ValueError, match=r"x is of shape \(1, 3\), not \(2, 3\)"):
-        replay({**values(), "x": torch.ones(1, 3)}, {})
 
 
 class Stream:

@@ -10,6 +10,7 @@ from zoo import adapt, close, differ, llama, mlp, outputs, same, shake
 
 import sarac
 from sarac import doctor
+from sarac.backends.onnx import Onnx
 from sarac.backends.placement import Placement
 from sarac.backends.runtime import Runtime
 from sarac.ir.errors import ExportError, SaracWarning
@@ -93,10 +94,23 @@ def test_buffers_on_the_gpu_are_written(saved) -> None:
 
 
 def test_a_cuda_graph_where_there_can_be_one(saved) -> None:
-    assert "as a CUDA graph" in repr(Runtime(saved(FIXED), "cuda"))
-    assert "as a CUDA graph" not in repr(Runtime(saved(FIXED), "cuda", cuda_graph=False))
-    with pytest.raises(ExportError, match="its sizes n, k are free"):
-        Runtime(saved(FREE), "cuda", cuda_graph=True)
+    assert "with CUDA graphs" in repr(Runtime(saved(FIXED), "cuda"))
+    assert "with CUDA graphs" not in repr(Runtime(saved(FIXED), "cuda", cuda_graph=False))
+
+
+@pytest.mark.parametrize("insisted", [True, None])
+def test_shapes_that_come_back_are_replayed(insisted: bool | None, tmp_path: Path) -> None:
+    model = llama(3).eval()
+    inputs = Inputs((), {"input_ids": torch.randint(8, 32, (2, 9))})
+    Onnx(optimize="ort", provider="cuda").write(model, inputs, tmp_path / "m.onnx", {})
+    runtime, plain = Runtime(tmp_path / "m.onnx", "cuda", cuda_graph=insisted), Runtime(tmp_path / "m.onnx")
+    for _ in range(5):
+        for shape in ((1, 7), (3, 11), (2, 9)):
+            ids = torch.randint(8, 32, shape)
+            found = runtime(ids.cuda())["logits"].cpu()
+            close(found, plain(ids)["logits"])
+            differ(found, plain(ids.flip(1))["logits"])
+    assert len(runtime._graphs._made) == 3
 
 
 def test_a_float_that_computes_on_the_cpu_is_named(saved, recwarn) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo import close, differ, same
 
 from sarac.backends.binding import bind
+from sarac.backends.graphs import OFTEN, Graphs, settings
 from sarac.backends.pairing import paired
 from sarac.backends.placement import Placement
 from sarac.backends.providers import providers
@@ -223,10 +224,10 @@ def on_a_gpu(opened):
     return opener
 
 
-def test_a_cuda_graph_needs_fixed_sizes_and_a_device_that_does_it_all(opened, on_a_gpu) -> None:
+def test_a_cuda_graph_needs_a_device_that_does_it_all(opened, on_a_gpu) -> None:
     assert on_a_gpu(FIXED)._uncapturable() == ""
     assert opened(FIXED)._uncapturable().startswith("it runs on the CPU")
-    assert on_a_gpu(TWO)._uncapturable() == "its sizes batch are free."
+    assert on_a_gpu(TWO)._uncapturable() == ""
     assert "2 x LSTM" in on_a_gpu(FIXED, placement=Placement(0, Counter(LSTM=2)))._uncapturable()
     runtime = on_a_gpu(FIXED)
     runtime._inputs = opened(FIXED)._inputs
@@ -236,7 +237,8 @@ def test_a_cuda_graph_needs_fixed_sizes_and_a_device_that_does_it_all(opened, on
 def test_the_host_waits_for_the_gpu_only_where_it_has_work_to_do(opened, on_a_gpu) -> None:
     def waits(runtime: Runtime) -> bool:
         try:
-            return runtime._run_options().get_run_config_entry("disable_synchronize_execution_providers") != "1"
+            options = settings(wait=runtime._waits())
+            return options.get_run_config_entry("disable_synchronize_execution_providers") != "1"
         except RuntimeError:
             return True
 
@@ -252,32 +254,76 @@ def test_insisting_on_a_cuda_graph_without_cuda_gets_a_sentence(opened) -> None:
     path = opened(FIXED).path
     with pytest.raises(ExportError, match=r"cannot run as a CUDA graph: it runs on the CPU: open it with provider=\"cuda\""):
         Runtime(path, cuda_graph=True)
-    assert Runtime(path, cuda_graph=None)._replay is Runtime(path, cuda_graph=False)._replay is None
+    assert Runtime(path, cuda_graph=None)._graphs is Runtime(path, cuda_graph=False)._graphs is None
 
 
 def test_a_capture_replaces_the_run_and_where_it_fails_the_run_stays(opened, monkeypatch) -> None:
     monkeypatch.setattr(Runtime, "_uncapturable", lambda self: "")
     plain, value = opened(FIXED), torch.randn(2, 3)
     runtime = Runtime(plain.path, cuda_graph=True)
-    assert " as a CUDA graph" in repr(runtime)
+    assert " with CUDA graphs" in repr(runtime)
     same(runtime(value), {"y": -value})
     same(runtime.run(Inputs((value + 1,))), {"y": -value - 1})
-    with pytest.raises(InputError, match=r"does not run .*x is of shape \(1, 3\), not \(2, 3\)"):
+    with pytest.raises(InputError, match="does not run on these inputs"):
         runtime(value[:1])
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr("sarac.backends.runtime.Replay", broken)
+    monkeypatch.setattr("sarac.backends.graphs.Replay", broken)
     with pytest.raises(ExportError, match=r"as a CUDA graph: operation not permitted when stream is capturing\. Leave"):
         Runtime(plain.path, cuda_graph=True)
-    opened_as, start = [], Runtime._start
-    monkeypatch.setattr(Runtime, "_start", lambda self, *, graph=False: (opened_as.append(graph), start(self, graph=graph))[1])
-    plain.device = torch.device("cuda", 0)
-    assert plain._captured(None) is None
-    plain.device = torch.device("cpu")
-    assert opened_as == [True, False], "a session that was to be captured, and failed at it, is not kept"
+    session = plain._session
+    assert plain._capturing(True, None) is None
+    assert plain._session is not session, "a session that was to be captured, and failed at it, is not kept"
     same(plain(value), {"y": -value})
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def graphs_of(runtime: Runtime, often: int = OFTEN) -> Graphs:
+    places = (runtime._session, runtime._lane, runtime._inputs, runtime._outputs, runtime.adapters)
+    runtime._graphs = Graphs(*places, often)
+    return runtime._graphs
+
+
+def test_shapes_that_come_back_are_captured(opened, monkeypatch) -> None:
+    runtime = opened(TWO)
+    graphs, plain = graphs_of(runtime), opened(TWO)
+    for turn in range(OFTEN):
+        for rows in (2, 3):
+            given = torch.randn(2, rows, 4)
+            same(runtime(*given), plain(*given))
+            differ(runtime(*given)["difference"], plain(*given.flip(0))["difference"])
+        assert len(graphs._made) == 2 * (2 * turn + 2 >= OFTEN)
+    buffer, kept = torch.zeros(2, 4), runtime(x, y)
+    found = runtime(y, x, out={"difference": buffer})
+    assert found["difference"] is buffer
+    same([buffer, kept["difference"]], [y - x, x - y])
+    monkeypatch.setattr("sarac.backends.graphs.LARGE", x.nbytes)
+    for _ in range(2 * OFTEN):
+        runtime(x[:1], y[:1])
+        runtime(torch.ones(5, 4), torch.ones(5, 4))
+    assert len(graphs._made) == 2, "copying what is large takes longer than launching"
+
+
+def test_as_many_graphs_as_there_may_be(opened, monkeypatch) -> None:
+    monkeypatch.setattr("sarac.backends.graphs.KEPT", 2)
+    runtime = opened(TWO)
+    graphs = graphs_of(runtime, often=1)
+    for rows in range(1, 5):
+        same(runtime(torch.ones(rows, 4), torch.zeros(rows, 4))["x_twice"], torch.full((rows, 4), 2.0))
+    assert len(graphs._made) == 2
+
+
+def test_a_capture_that_fails_between_runs_leaves_the_run(opened, monkeypatch) -> None:
+    monkeypatch.setattr("sarac.backends.graphs.Replay", broken)
+    runtime = opened(TWO)
+    graphs_of(runtime)
+    for _ in range(OFTEN + 2):
+        same(runtime(x, y)["difference"], x - y)
+    assert runtime._graphs is None
+    graphs_of(runtime, often=1)
+    with pytest.raises(ExportError, match="as a CUDA graph: operation not permitted"):
+        runtime(x, y)
 
 
 # Opening
