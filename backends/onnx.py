@@ -111,7 +111,7 @@ class Onnx:
         self.swap.open(program)
         weights = lift(program, _tensors(model))
         if self.optimize == "ort":
-            fused(program, weights, self.provider, seeing=self.steps is not None)
+            fused(program, weights, self.provider, stepping=self.steps is not None)
         tidied(program, weights, rounds=0 if self.optimize == "none" else ROUNDS)
         return program, weights
 

@@ -1,6 +1,6 @@
 """Tokens a second with a cache of keys and values, side by side in one run: transformers' generate, and sarac's exports.
 
-    python tests/benchmarks/decode.py [--device cuda] [--tiny] [--new 128] [--out decode.json]
+    python tests/benchmarks/decode.py [--device cuda] [--tiny] [--new 128] [--rows 1 16] [--out decode.json]
 
 SmolLM2's shape with random weights, prompts of 32 tokens, rows of 1 and 16, float16 on CUDA, float32 on the CPU. `default` is
 transformers' growing cache, `static` its static cache with a compiled forward, timed after three runs. Times are medians of
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a small model, for a look at the script itself")
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     dtype = torch.float16 if given.device == "cuda" else torch.float32
@@ -76,7 +77,7 @@ def main() -> None:
         runtime = sarac.Runtime(Path(folder) / "decode.onnx", given.device)
         print(repr(str(runtime.placement)), flush=True)
         model.to(given.device, dtype)
-        rows = [measure(model, runtime, rows, given.new, given.device, given.device == "cuda") for rows in (1, 16)]
+        rows = [measure(model, runtime, rows, given.new, given.device, given.device == "cuda") for rows in given.rows]
     if given.out:
         given.out.write_text(json.dumps(rows, indent=1))
 
