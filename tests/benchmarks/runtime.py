@@ -115,7 +115,8 @@ def measure(name: str, device: str, tiny: bool) -> Rows:
                     row[f"{way} error"] = check.difference([run(given).float()], [wanted.float()]).error
             rows.append(row)
             print(row, flush=True)
-    memory = {f"{way} MB": held[way] + facts.pop(f"{way} MB", 0.0) for way in ways}
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # of torch's ways, on the device since before
+    memory = {f"{way} MB": held[way] + facts.pop(f"{way} MB", weights) for way in ways}
     return [{**row, **facts, **memory} for row in rows]
 
 
@@ -164,11 +165,10 @@ def first(outputs: Any) -> Tensor:
 
 def table(rows: Rows) -> Table:
     names = list(dict.fromkeys(key for row in rows for key in row))
-    shown = Table(
-        *names, title=f"milliseconds; onnxruntime {onnxruntime.__version__}, torch {torch.__version__}", title_justify="left"
-    )
-    for row in rows:
-        shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in names)))
+    title = f"milliseconds; onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+    shown = Table("", *(f"{row['model']} {row['shape']}" for row in rows), title=title, title_justify="left")
+    for name in names[2:]:
+        shown.add_row(name, *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(name, "") for row in rows)))
     return shown
 
 
