@@ -9,6 +9,7 @@ import onnx_ir
 import torch
 from torch import nn
 
+from sarac.backends import formula
 from sarac.backends.decoding import Steps, stepping
 from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, two_rows, typed
 from sarac.backends.lift import Weight, lift, settle
@@ -118,8 +119,10 @@ class Onnx:
     def _settled(
         self, program: onnx_ir.Model, weights: dict[str, Weight], tensors: Mapping[str, torch.Tensor], layers: str
     ) -> onnx_ir.Model:
-        settle(program, weights, tensors.__getitem__)
+        settled = settle(program, weights, tensors.__getitem__)
         finished(program)
+        if not self.swap:
+            program.metadata_props.update(formula.entry(settled, {name: tuple(t.shape) for name, t in tensors.items()}))
         self.swap.close(program, self.dtype)
         program.metadata_props[LAYERS] = layers
         return program

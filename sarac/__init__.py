@@ -22,6 +22,7 @@ from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
+from sarac.onnx_fold import fold_onnx
 from sarac.planning import plan
 from sarac.proof import ExportReport
 from sarac.shelf import adapters, use
@@ -56,6 +57,7 @@ __all__ = [
     "disabled",
     "export",
     "fold",
+    "fold_onnx",
     "load",
     "load_adapter",
     "plan",

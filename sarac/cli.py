@@ -170,6 +170,7 @@ def finetune(
 app.command(epilog="Example: sarac fold model.pt --out merged/")(commands.fold)
 app.command(cls=Swapping, epilog="Example: sarac export --merge model.pt out.onnx")(commands.export)
 app.command(epilog="Example: sarac verify model.pt out.onnx")(commands.verify)
+app.command(epilog="Example: sarac fold-onnx base.onnx adapter.safetensors out.onnx")(commands.fold_onnx)
 app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
 
 

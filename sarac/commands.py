@@ -12,7 +12,7 @@ from torch import nn
 
 from sarac import arguments as take
 from sarac import convert as forms
-from sarac import emit, storage, surgery, text
+from sarac import emit, onnx_fold, storage, surgery, text
 from sarac.backends import peft
 from sarac.ir.cache import store
 from sarac.ir.errors import CheckpointError
@@ -107,6 +107,20 @@ def verify(
     with busy("Verifying"):
         report = emit.verify(opened, onnx, spec, provider=provider)
     show(as_json, report.to_json(), report.table(), _verdict(report, "verified"))
+
+
+def fold_onnx(
+    base: take.OnnxBase,
+    adapter: take.AdapterFile,
+    out: take.OnnxOut,
+    provider: take.Provider = "cpu",
+    as_json: take.Json = False,
+) -> None:
+    """Fold an adapter file into an ONNX export of its base, without the model. Only the weights it changes are rewritten."""
+    take.require_place(out)
+    with busy("Folding"):
+        done = onnx_fold.fold_onnx(base, adapter, out, provider=provider)
+    show(as_json, done.to_json(), done.sentence())
 
 
 def convert(

@@ -27,6 +27,7 @@ from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.record import __version__, record_of, require_whole
+from sarac.onnx_fold import sites_entry
 from sarac.passes.fold import Fold
 from sarac.placing import aside, free_data, placed
 from sarac.proof import Comparison, ExportReport, hold, noted
@@ -79,7 +80,8 @@ def export(
     if swap := swap_for(model, swappable):
         form, merge = replace(form, swap=swap), _unmerged(merge)
     form = replace(form, steps=_steps(model, task, dynamic))
-    return _written(Path(path), form, merge, smoke, *_widened(model, form.dtype, *_inputs(model, example_inputs)))
+    wide = _widened(model, form.dtype, *_inputs(model, example_inputs))
+    return _written(Path(path), form, merge, smoke, check.coarsest(model), *wide)
 
 
 def _widened(model: nn.Module, dtype: torch.dtype | None, inputs: Inputs, spec: InputSpec) -> tuple[nn.Module, Inputs, InputSpec]:
@@ -91,12 +93,21 @@ def _widened(model: nn.Module, dtype: torch.dtype | None, inputs: Inputs, spec: 
 
 
 def _written(
-    target: Path, form: onnx.Onnx, merge: bool | None, smoke: bool, model: nn.Module, inputs: Inputs, spec: InputSpec
+    target: Path,
+    form: onnx.Onnx,
+    merge: bool | None,
+    smoke: bool,
+    own: torch.dtype,
+    model: nn.Module,
+    inputs: Inputs,
+    spec: InputSpec,
 ) -> ExportReport:
+    """Write `model`, whose weights are in the dtype `own` or a wider copy of such, and hold what came out against it."""
     started = time.perf_counter()
     graph = _folded(model, merge, form.dtype)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
+    metadata |= sites_entry(graph, own) if plan is None else {}
     with aside(target) as folder:
         if smoke:
             _tried(model, graph.module, folder / target.name, form, spec, inputs, metadata)

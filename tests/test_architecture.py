@@ -68,11 +68,13 @@ MAY_IMPORT = {
     "backends.lift": "ir.*",
     "backends.attention": "",
     "backends.reshapes": "",
+    "backends.formula": "backends.lift",
+    "backends.refold": "ir.* backends.formula backends.lift backends.onnx_file",
     "backends.tidy": "ir.* backends.attention backends.lift backends.reshapes",
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
-    "backends.onnx": "ir.* backends.decoding backends.exporting backends.lift backends.stack backends.stamp backends.swap "
-    "backends.tidy",
+    "backends.onnx": "ir.* backends.decoding backends.exporting backends.formula backends.lift backends.stack backends.stamp "
+    "backends.swap backends.tidy",
     "backends.genai": "ir.* backends.onnx_file backends.providers",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
@@ -99,16 +101,17 @@ MAY_IMPORT = {
     "proof": "ir.* backends.* surgery",
     "generating": "ir.* backends.*",
     "placing": "ir.*",
+    "onnx_fold": "ir.* backends.* checkpoint placing",
     "swapping": "ir.* backends.* checkpoint proof surgery",
     "serving": "ir.* backends.* proof text",
-    "emit": "ir.* passes.* backends.* trace checkpoint generating placing proof serving surgery swapping text",
+    "emit": "ir.* passes.* backends.* trace checkpoint generating onnx_fold placing proof serving surgery swapping text",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",
     "arguments": "ir.* planning recipe storage",
     "plans": "ir.* passes.* trace checkpoint planning terminal arguments",
     "convert": "ir.* backends.* checkpoint shelf storage swapping",
-    "commands": "ir.* backends.* proof surgery shelf storage emit text terminal arguments convert",
+    "commands": "ir.* backends.* onnx_fold proof surgery shelf storage emit text terminal arguments convert",
     "cli": "ir.* passes.* folders trace checkpoint report surgery storage text finetune doctor terminal arguments commands plans",
 }
 THE_FACE = "sarac"  # its __init__ may import every row, and no row may import it
@@ -126,7 +129,7 @@ OWNED = {
         r"^(onnx|onnxruntime|onnx_ir|onnxscript)\b",
         "backends.onnx backends.onnx_file backends.exporting backends.lift backends.stamp backends.tidy backends.providers "
         "backends.placement backends.binding backends.runtime backends.swap backends.tenants "
-        "backends.graphs backends.adapter_file backends.attention backends.reshapes",
+        "backends.graphs backends.adapter_file backends.attention backends.reshapes backends.formula backends.refold",
     ),
 }
 
@@ -136,8 +139,8 @@ NO_ROOMS = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
-    "analyze transform fold export save load save_adapter save_onnx_adapter load_adapter use adapters disabled recommended_lr "
-    "trace run plan Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable "
+    "analyze transform fold fold_onnx export save load save_adapter save_onnx_adapter load_adapter use "
+    "adapters disabled recommended_lr trace run plan Plan Sara MoSara SaracError TraceError SpectrumError PlanError RewriteError WeightError NotFoldable "
     "CheckFailed InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph "
     "Runtime Site verify __version__".split()
 )
