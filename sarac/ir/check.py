@@ -135,10 +135,12 @@ def _floats(value: Any) -> Iterator[Tensor]:
 def require_merge_keeps(merged: Any, unmerged: Any, reference: Any, dtype: torch.dtype) -> None:
     """Raise CheckFailed if the merged model is much further from a wider `reference` than the unmerged one is.
 
-    Below a tenth of the gate both are rounding noise, whose ratio says nothing.
+    Below a tenth of the gate both are rounding noise, whose ratio says nothing; in float32, below half of it: thirty layers
+    magnify one rounding of each weight (SmolLM2: 3.6e-6 merged, 2.2e-6 not), and there is no wider dtype to merge at.
     """
     ours, theirs = difference(merged, reference).error, difference(unmerged, reference).error
-    if ours > max(MERGED_OVER_UNMERGED * theirs, gate(dtype) / 10):
+    noise = gate(dtype) / (2 if dtype in (torch.float32, torch.float64) else 10)
+    if ours > max(MERGED_OVER_UNMERGED * theirs, noise):
         raise CheckFailed(
             f"The merged model's error is {ours:.3g} and the unmerged one's {theirs:.3g}, against a wider reference: more than "
             f"{MERGED_OVER_UNMERGED} times as much. Rounding has lost too much of the adapters: merge at a wider dtype."
