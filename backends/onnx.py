@@ -1,9 +1,10 @@
 """ONNX files: a torch module written as one."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from sarac.backends import formula
 from sarac.backends.decoding import Steps, stepping
-from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, two_rows, typed
+from sarac.backends.exporting import Sizes, captured, cast, exporting, named_sizes, two_rows, typed
 from sarac.backends.lift import Weight, lift, settle
 from sarac.backends.stack import shortened, stack_of
 from sarac.backends.stamp import stamped
@@ -47,17 +48,26 @@ class Onnx:
     steps: Steps | None = None
 
     def write(
-        self, model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str], data: str = ""
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        path: Path,
+        metadata: Mapping[str, str],
+        data: str = "",
+        waiting: Mapping[int, Callable[[], torch.Tensor]] = MappingProxyType({}),
     ) -> tuple[Path, ...]:
         """Write `model` in eval mode and without a cache, captured on `inputs`; returns the files written.
 
         The second file, `data` or else `<name>.data`, holds the weights of a large model; the first names it, so the two can
-        be moved but not renamed. Weights are worked out and written one at a time. InputError where the model rejects the
-        inputs, ExportError for whatever else goes wrong.
+        be moved but not renamed. Weights are worked out and written one at a time; those in `waiting`, by the ids of the
+        parameters that stand for them, are made then. InputError where the model rejects the inputs, ExportError for the rest.
         """
-        inputs = inputs.map(lambda t: t.to(self.dtype) if self.dtype is not None and t.is_floating_point() else t)
-        with exporting(model), opened(model, self.swap), typed(model, self.dtype), self._stepping(model):
-            program, shapes = self._program(model, inputs, inputs if self.steps is not None else two_rows(model, inputs))
+        with exporting(model), opened(model, self.swap), self._stepping(model):
+            wide = inputs if self.steps is not None else two_rows(model, inputs)
+            tensors = Values(_tensors(model), self.dtype, waiting)
+            half = inputs.map(self._typed), wide.map(self._typed)
+            with typed(model, self.dtype, hollow=True):
+                program, shapes = self._program(model, *half, tensors)
         size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
         steps = self.steps.entry() if self.steps is not None else {}
         program.metadata_props.update({SHAPES: shapes, **metadata, **self.swap.entry(), **steps})
@@ -77,20 +87,23 @@ class Onnx:
             ) from error
         return (path, weights) if beside else (path,)
 
-    def _program(self, model: nn.Module, inputs: Inputs, wide: Inputs) -> tuple[onnx_ir.Model, str]:
+    def _typed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def _program(self, model: nn.Module, inputs: Inputs, wide: Inputs, tensors: "Values") -> tuple[onnx_ir.Model, str]:
         """The tidied graph, and how free its shapes are: "dynamic" or "static" with the reason."""
         if self.dynamic == "static":
-            return self._tidied(model, inputs, None), "static: as asked for"
+            return self._tidied(model, inputs, None, tensors), "static: as asked for"
         if self.dynamic != "auto":
-            return self._tidied(model, wide, named_sizes(self.dynamic, model, wide)), f"dynamic: {self.dynamic}"
+            return self._tidied(model, wide, named_sizes(self.dynamic, model, wide), tensors), f"dynamic: {self.dynamic}"
         try:
-            return self._tidied(model, wide, {}), "dynamic"
+            return self._tidied(model, wide, {}, tensors), "dynamic"
         except ExportError as error:
-            return self._tidied(model, inputs, None), f"static: {error}"
+            return self._tidied(model, inputs, None, tensors), f"static: {error}"
 
-    def _tidied(self, model: nn.Module, inputs: Inputs, free: Sizes | None) -> onnx_ir.Model:
+    def _tidied(self, model: nn.Module, inputs: Inputs, free: Sizes | None, tensors: "Values") -> onnx_ir.Model:
         """The graph with every weight in place: from three layers where the model is a stack of equal ones, else whole."""
-        stack, tensors, layers = stack_of(model), _tensors(model), "whole: there are no equal layers"
+        stack, layers = stack_of(model), "whole: there are no equal layers"
         if stack is not None:
             try:
                 with shortened(model, stack):
@@ -116,16 +129,29 @@ class Onnx:
         tidied(program, weights, rounds=0 if self.optimize == "none" else ROUNDS)
         return program, weights
 
-    def _settled(
-        self, program: onnx_ir.Model, weights: dict[str, Weight], tensors: Mapping[str, torch.Tensor], layers: str
-    ) -> onnx_ir.Model:
-        settled = settle(program, weights, tensors.__getitem__)
+    def _settled(self, program: onnx_ir.Model, weights: dict[str, Weight], tensors: "Values", layers: str) -> onnx_ir.Model:
+        settled = settle(program, weights, tensors)
         finished(program)
         if not self.swap:
-            program.metadata_props.update(formula.entry(settled, {name: tuple(t.shape) for name, t in tensors.items()}))
+            program.metadata_props.update(formula.entry(settled, {name: tuple(t.shape) for name, t in tensors.stored.items()}))
         self.swap.close(program, self.dtype)
         program.metadata_props[LAYERS] = layers
         return program
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of a module's tensors by name, in `dtype` (None: their own): stored ones, or made when they are asked for."""
+
+    stored: Mapping[str, torch.Tensor]
+    dtype: torch.dtype | None
+    waiting: Mapping[int, Callable[[], torch.Tensor]]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor of this name; ExportError where the dtype does not hold its values."""
+        tensor = self.stored[name]
+        tensor = self.waiting[id(tensor)]() if id(tensor) in self.waiting else tensor
+        return tensor if self.dtype in (None, tensor.dtype) else cast(name, tensor, self.dtype)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

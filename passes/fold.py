@@ -1,6 +1,7 @@
 """Fold adapters into plain weights: the original classes, names and flags come back, untouched tensors stay shared."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,7 +24,8 @@ class Fold:
     """Write every adapter into its weight: computed in `precision` from the stored base, rounded once, to `dtype` or the base's.
 
     `partial` folds what folds and leaves routed modules as they are. `gates` are fixed gates of shape (sets,) by site
-    name, which fold routed sites approximately. Without either a routed site raises NotFoldable.
+    name, which fold routed sites approximately. Without either a routed site raises NotFoldable. `pending` writes nothing yet:
+    the module keeps the base's weights, and the graph what makes each folded one when it is asked for.
     """
 
     precision: torch.dtype = torch.float32
@@ -31,6 +33,7 @@ class Fold:
     gates: Mapping[str, Tensor] | None = None
     partial: bool = False
     inplace: bool = False
+    pending: bool = False
     exact: ClassVar[bool] = False
 
     def __call__(self, graph: ModelGraph) -> ModelGraph:
@@ -50,28 +53,33 @@ class Fold:
         module = clone(graph.module, frozen=False, inplace=self.inplace)
         folded: dict[str, Folded] = {}
         merged: dict[str, nn.Parameter] = {}
+        waiting: dict[int, Callable[[], Tensor]] = {}
         for _, owner, state in list(adapted(module)):
             slots = list(state.slots.values())
             if self.partial and not all(slot.adapter.foldable for slot in slots):
                 continue
             for slot in slots:
                 if slot.site not in merged:
-                    merged[slot.site], folded[slot.site] = self._merge(owner, slot)
+                    base = owner._parameters[slot.param]
+                    assert base is not None
+                    make = functools.partial(self._merge, base, slot, slot.tensors(owner), folded)
+                    if self.pending and not quantised(base):
+                        waiting[id(base)] = make
+                    merged[slot.site] = base if id(base) in waiting else make()
             uninstall(owner)
             for slot in slots:
                 owner._parameters[slot.param] = merged[slot.site]
         if any(True for _ in adapted(module)):
-            return replace(graph, module=module, folded=folded)
+            return replace(graph, module=module, folded=folded, waiting=waiting)
         detach(module)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(record.trained_before.get(name, True) if record else True)
-        return replace(graph, module=module, plan=None, regions={}, folded=folded)
+        return replace(graph, module=module, plan=None, regions={}, folded=folded, waiting=waiting)
 
-    def _merge(self, owner: nn.Module, slot: Slot) -> tuple[nn.Parameter, Folded]:
-        base = owner._parameters[slot.param]
-        assert base is not None
+    def _merge(self, base: nn.Parameter, slot: Slot, held: Mapping[str, Tensor], folded: dict[str, Folded]) -> nn.Parameter:
+        """The weight with its adapter's tensors folded in; what that did to the site goes into `folded` once."""
         wide = torch.promote_types(base.dtype, self.precision)
-        tensors = {role: tensor.detach().to(wide) for role, tensor in slot.tensors(owner).items()}
+        tensors = {role: tensor.detach().to(wide) for role, tensor in held.items()}
         gates = (self.gates or {}).get(slot.site)
         if gates is not None and isinstance(slot.adapter, MoSara):
             delta = slot.adapter.mean_delta(tensors, gates.to(wide))
@@ -79,12 +87,14 @@ class Fold:
             delta = slot.adapter.delta(tensors)
         delta, plain = slot.layout.stored(delta, base.shape), dense(base.detach())
         rounded = (plain.to(wide) + delta).to(self.dtype or base.dtype).contiguous()
-        lost = rounded.double() - plain.double() - delta.double()
-        onto = f"de-quantised {type(base).__name__}" if quantised(base) else "stored"
-        facts = Folded(relative_norm(delta, plain), relative_norm(lost, delta) if float(delta.norm()) else 0.0, onto)
+        if slot.site not in folded:
+            lost = rounded.double() - plain.double() - delta.double()
+            onto = f"de-quantised {type(base).__name__}" if quantised(base) else "stored"
+            share = relative_norm(lost, delta) if float(delta.norm()) else 0.0
+            folded[slot.site] = Folded(relative_norm(delta, plain), share, onto)
         merged = nn.Parameter(rounded)
         merged.__dict__.update(base.__dict__)
-        return merged, facts
+        return merged
 
 
 def _require_foldable(slots: list[Slot], gates: Mapping[str, Tensor]) -> None:

@@ -116,7 +116,7 @@ def fold_onnx(
     provider: take.Provider = "cpu",
     as_json: take.Json = False,
 ) -> None:
-    """Fold an adapter file into an ONNX export of its base, without the model. Only the weights it changes are rewritten."""
+    """Fold an adapter file into an ONNX export of its base. It needs no model, and rewrites only the weights that change."""
     take.require_place(out)
     with busy("Folding"):
         done = onnx_fold.fold_onnx(base, adapter, out, provider=provider)

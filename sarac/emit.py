@@ -110,11 +110,11 @@ def _written(
     metadata |= sites_entry(graph, own) if plan is None else {}
     with aside(target) as folder:
         if smoke:
-            _tried(model, graph.module, folder / target.name, form, spec, inputs, metadata)
+            _tried(model, graph, folder / target.name, form, spec, inputs, metadata)
         tried = time.perf_counter()
-        files = form.write(graph.module, inputs, folder / target.name, metadata, free_data(target))
+        files = form.write(graph.module, inputs, folder / target.name, metadata, free_data(target), graph.waiting)
         exported = time.perf_counter()
-        comparisons = _compared(model, graph.module, folder / target.name, form, spec, inputs)
+        comparisons = _compared(model, graph, folder / target.name, form, spec, inputs)
         seconds = {"smoke": tried - started, "export": exported - tried, "verify": time.perf_counter() - exported}
         layers = _note(folder / target.name, merged, comparisons, graph.folded)
         places = placed(files, target)
@@ -124,7 +124,7 @@ def _written(
 
 def _tried(
     model: nn.Module,
-    emitted: nn.Module,
+    graph: ModelGraph,
     path: Path,
     form: onnx.Onnx,
     spec: InputSpec,
@@ -132,10 +132,10 @@ def _tried(
     metadata: Mapping[str, str],
 ) -> None:
     """The whole way with three layers, if the model is a stack of equal ones."""
-    if (stack := stack_of(emitted)) is not None:
-        with shortened(model, stack), shortened(emitted, stack):
-            form.write(emitted, inputs, path, metadata)
-            _compared(model, emitted, path, form, spec, inputs)
+    if (stack := stack_of(graph.module)) is not None:
+        with shortened(model, stack), shortened(graph.module, stack):
+            form.write(graph.module, inputs, path, metadata, waiting=graph.waiting)
+            _compared(model, graph, path, form, spec, inputs)
 
 
 def _served(
@@ -146,7 +146,7 @@ def _served(
     genai.require_provider(provider)
     wanted = DTYPES[dtype or own]
     metadata, wide = _metadata(model, wanted), serving.widened(model, wanted)
-    graph = _folded(wide, merge if record_of(model) is None else True, wanted)
+    graph = _folded(wide, merge if record_of(model) is None else True, wanted, pending=False)
     return serving.export(wide, graph, folder, dtype=dtype or own, provider=provider, tokenizer=tokenizer, metadata=metadata)
 
 
@@ -166,14 +166,15 @@ def verify(model: nn.Module, path: str | Path, example_inputs: Any = None, *, pr
         comparisons, files = serving.compare(wide, wide, target, provider, dtype), tuple(sorted(target.iterdir()))
     else:
         inputs, spec = _inputs(model, example_inputs)
-        comparisons, files = _compared(model, model, target, onnx.Onnx(dtype=dtype, provider=provider), spec, inputs), (target,)
+        plain, form = ModelGraph(model, {}, {}), onnx.Onnx(dtype=dtype, provider=provider)
+        comparisons, files = _compared(model, plain, target, form, spec, inputs), (target,)
     merged = bool(json.loads(metadata.get("sarac.verification", "{}")).get("merged"))
     seconds = {"verify": time.perf_counter() - started}
     return ExportReport(target, files, merged, (), comparisons, seconds=seconds)
 
 
 def _compared(
-    model: nn.Module, emitted: nn.Module, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
+    model: nn.Module, graph: ModelGraph, path: Path, form: onnx.Onnx, spec: InputSpec, inputs: Inputs
 ) -> tuple[Comparison, ...]:
     session = runtime.Runtime(path, form.provider, floats=check.coarsest(model) if form.dtype is not None else None)
     run: Run = functools.partial(stepped, session) if session.generates else session.run
@@ -181,7 +182,7 @@ def _compared(
         unseen = texts(model) if session.generates else unseen_inputs(spec, session, inputs, model=model)
     if session.adapters:
         return compare_swaps(model, session.adapters, run, unseen, form.dtype)
-    return hold(model, emitted, lambda given: run(given, None), unseen, form.dtype)
+    return hold(model, graph, lambda given: run(given, None), unseen, form.dtype)
 
 
 def _steps(model: nn.Module, task: str, dynamic: str) -> Steps | None:
@@ -235,14 +236,14 @@ def _note(path: Path, merged: bool, comparisons: tuple[Comparison, ...], folded:
     return onnx_file.read_metadata(path)[onnx.LAYERS]
 
 
-def _folded(model: nn.Module, merge: bool | None, dtype: torch.dtype | None) -> ModelGraph:
+def _folded(model: nn.Module, merge: bool | None, dtype: torch.dtype | None, pending: bool = True) -> ModelGraph:
     graph = ModelGraph(model, trace(model).sites, {})
     require_whole(model, "export")
     if record_of(model) is None:
         if merge is not None:
             raise RewriteError(f"{type(model).__name__} carries no adapters: there is nothing to merge. Leave `merge` out.")
         return graph
-    return graph if merge is False else run(graph, Fold(dtype=dtype, partial=merge is None), check=False)
+    return graph if merge is False else run(graph, Fold(dtype=dtype, partial=merge is None, pending=pending), check=False)
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:

@@ -1,6 +1,6 @@
 """Proofs: an exported file held against torch at shapes that its capture did not see, and what came out of it."""
 
-import copy
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from sarac.backends.exporting import typed
 from sarac.backends.pairing import paired
 from sarac.ir import check
-from sarac.ir.graph import Folded
+from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.record import record_of
+from sarac.ir.standing import Standing, widened
 from sarac.surgery import disabled
 
 _UNTRAINED = "Its adapters are at their start, or too small for its dtype: train it first, or export the base model itself."
@@ -103,23 +104,26 @@ class ExportReport:
 
 def hold(
     model: nn.Module,
-    emitted: nn.Module,
+    graph: ModelGraph,
     run: Callable[[Inputs], Mapping[str, Tensor]],
     unseen: Sequence[Inputs],
     dtype: torch.dtype | None = None,
 ) -> tuple[Comparison, ...]:
     """What `run` gives for inputs, against torch: the comparisons, every one within its gate; CheckFailed at the first beyond.
 
-    A file in another `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it,
-    and torch computes with them in the model's own.
+    `graph` holds what was emitted of `model`, its folded weights made anew for every call that reads them. A file in another
+    `dtype` than the model's is held to the gate of that dtype; the emitted weights then are rounded to it, and torch computes
+    with them in the model's own.
     """
-    own = check.coarsest(model)
+    own, emitted = check.coarsest(model), graph.module
     wanted, rows = dtype or own, []
+    made = {name: functools.partial(_made, make, own) for name, make in graph.waiting.items()}
     with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
-        judged = emitted is not model and wanted == own
-        references = _references(model, own, unseen) if judged else [None] * len(unseen)
-        for inputs, reference in zip(unseen, references, strict=True):
-            unmerged, merged = inputs.call(model), inputs.call(emitted)
+        for inputs in unseen:
+            reference = _reference(model, own, inputs) if emitted is not model and wanted == own else None
+            unmerged = inputs.call(model)
+            with Standing(made):
+                merged = inputs.call(emitted)
             check.require_finite(merged, "The torch model's output")
             between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model")
             if reference is not None:
@@ -145,15 +149,14 @@ def noted(merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str
     return {"sarac.verification": json.dumps(checked)}
 
 
-def _references(model: nn.Module, dtype: torch.dtype, unseen: Sequence[Inputs]) -> list[Any]:
-    """What the adapted model gives in the next wider dtype, by which a merge is judged; the wide copy is gone afterwards."""
+def _made(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return make().detach().to(dtype)
+
+
+def _reference(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> Any:
+    """What the adapted model gives in the next wider dtype, by which a merge is judged; None where there is none."""
     if dtype == torch.float64 or not any(True for _ in adapted(model)):
-        return [None] * len(unseen)
+        return None
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    wider = copy.deepcopy(model).to(wide)
-    configs: list[Any] = [config for module in wider.modules() if (config := getattr(module, "config", None)) is not None]
-    for config in configs:
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "eager"  # its fused kernels know no float64
-    widened = [inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor) for inputs in unseen]
-    return [inputs.call(wider) for inputs in widened]
+    with widened(model, wide):
+        return inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor).call(model)

@@ -100,7 +100,7 @@ def compare(
     def run(inputs: Inputs) -> dict[str, Tensor]:
         return {"logits": genai.logits(folder, inputs.kwargs["input_ids"], provider)}
 
-    comparisons = hold(model, emitted, run, unseen, dtype)
+    comparisons = hold(model, ModelGraph(emitted, {}, {}), run, unseen, dtype)
     for inputs in unseen:
         told = genai.generate(folder, inputs.kwargs["input_ids"], _MORE, provider)
         _require_likeliest(model, told, inputs.kwargs["input_ids"].shape[1], ends, dtype or check.coarsest(model))

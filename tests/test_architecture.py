@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "ir.terms": "",
     "ir.gram": "ir.errors ir.spectrum",
     "ir.certify": "ir.gram ir.spectrum",
+    "ir.standing": "",
     "ir.start": "ir.errors",
     "ir.adapters": "ir.errors ir.gram ir.terms ir.start",
     "ir.methods": "ir.errors ir.start ir.adapters",

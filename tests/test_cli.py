@@ -28,7 +28,7 @@ from sarac.ir.plan import Plan
 from sarac.ir.record import record_of
 from sarac.recipe import open_model
 
-COMMANDS = "analyze plan transform finetune fold export verify convert cache doctor".split()
+COMMANDS = "analyze plan transform finetune fold export verify fold-onnx convert cache doctor".split()
 FACTORIES = """
 import torch
 from torch import nn

@@ -164,7 +164,7 @@ def test_fold_that_is_wrong_is_caught(target: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_runtime_that_fails_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Runtime, inputs: Inputs) -> dict[str, Tensor]:
+    def fail(self: Runtime, *_: object) -> dict[str, Tensor]:
         raise InputError("it does not run")
 
     monkeypatch.setattr(Runtime, "run", fail)
@@ -314,8 +314,8 @@ def test_smoke_stops_before_the_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     report = sarac.export(model, tmp_path / "m.onnx", smoke=True)
     assert report.seconds["smoke"] > 0
     assert report.layers == "repeated: 6 of model.layers"
-    monkeypatch.setattr("sarac.emit.compare", lambda *_: (_ for _ in ()).throw(CheckFailed("of three layers")))
-    monkeypatch.setattr("sarac.emit._free_data", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("sarac.emit.hold", lambda *_: (_ for _ in ()).throw(CheckFailed("of three layers")))
+    monkeypatch.setattr("sarac.emit.free_data", lambda *_: pytest.fail("it went on"))
     with pytest.raises(CheckFailed, match="of three layers"):
         sarac.export(model, tmp_path / "other.onnx", smoke=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]

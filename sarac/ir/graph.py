@@ -7,7 +7,7 @@ live in the plan; the live module is carried along. This is the only module that
 import copy
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,6 +150,7 @@ class ModelGraph:
     example_inputs: Inputs | None = None
     whole: Whole | None = None
     folded: Mapping[str, Folded] = field(default_factory=dict)
+    waiting: Mapping[int, Callable[[], torch.Tensor]] = field(default_factory=dict)  # folded weights to be, by parameters' ids
 
     def site(self, name: str) -> Site:
         """The site of this weight, by any of its names."""
