@@ -25,7 +25,6 @@ Sizes = dict[str, Any]  # by input, what stays free by axis
 _SIZES = re.compile(r"(\w+)\[([^\]]*)\]")
 _ATTENTION = "_attn_implementation"  # of a transformers config
 _TRACEABLE = ("eager", "sdpa")  # its values that an exporter can follow
-LARGE = 2**13  # numbers from which on a capture makes do without the values of a weight
 
 
 def captured(model: nn.Module, inputs: Inputs, opset: int, free: Sizes | None) -> onnx_ir.Model:
@@ -110,48 +109,6 @@ def exporting(model: nn.Module) -> Iterator[None]:
         logging.disable(logged)
         if not own_forward:  # transformers' exporter leaves the bound method there, and copies of the model would call it
             vars(model).pop("forward", None)
-
-
-@contextlib.contextmanager
-def typed(model: nn.Module, dtype: torch.dtype | None, *, hollow: bool = False) -> Iterator[None]:
-    """The model with floating weights in `dtype`; buffers that no file holds (tables of frequencies) keep theirs.
-
-    `hollow`: large ones without their values, which take no memory until somebody writes there.
-    """
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    made: dict[int, Tensor] = {}
-    try:
-        for name, module in model.named_modules() if dtype is not None else ():
-            kept = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
-            for table, entries in ((module._parameters, dict(module._parameters)), (module._buffers, kept)):
-                for key, value in entries.items():
-                    if value is not None and value.is_floating_point() and value.dtype != dtype:
-                        before.append((table, key, value))
-                        if id(value) not in made:
-                            empty = hollow and value.numel() > LARGE
-                            assert dtype is not None
-                            made[id(value)] = _hollow(value, dtype) if empty else cast(f"{name}.{key}".strip("."), value, dtype)
-                        table[key] = made[id(value)]
-        yield
-    finally:
-        for table, key, value in reversed(before):
-            table[key] = value
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in another dtype; ExportError where that does not hold its values."""
-    found = tensor.detach().to(dtype)
-    if not bool(found.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise ExportError(
-            f"{name} has values up to {float(tensor.detach().abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(dtype).max:.3g}: export in bf16 or fp32."
-        )
-    return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
-
-
-def _hollow(tensor: Tensor, dtype: Any) -> Tensor:
-    empty = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def two_rows(model: nn.Module, inputs: Inputs) -> Inputs:

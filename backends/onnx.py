@@ -12,13 +12,16 @@ from torch import nn
 
 from sarac.backends import formula
 from sarac.backends.decoding import Steps, stepping
-from sarac.backends.exporting import Sizes, captured, cast, exporting, named_sizes, two_rows, typed
+from sarac.backends.exporting import Sizes, captured, exporting, named_sizes, two_rows
 from sarac.backends.lift import Weight, lift, settle
-from sarac.backends.stack import shortened, stack_of
+from sarac.backends.mixed import typed
+from sarac.backends.stack import Stack, shortened, stack_of
 from sarac.backends.stamp import stamped
 from sarac.backends.swap import Swap, opened
 from sarac.backends.tidy import ROUNDS, finished, fused, tidied
+from sarac.ir import check
 from sarac.ir.errors import ExportError
+from sarac.ir.graph import within
 from sarac.ir.inputs import Inputs
 
 LARGEST_FILE = 600_000_000  # bytes of weights in one file: twice that is needed to write and to open it
@@ -32,9 +35,9 @@ class Onnx:
     """The ONNX format: what is written, and for whom.
 
     `opset`: the operator set. `dynamic`: "auto" (sizes stay free where the model lets them), "static",
-    or the free ones by name, as in "x[batch,8]". `dtype`: of the weights in the
-    file; None for the model's own. `optimize`: "none", "basic" (constants, repetitions) or "ort" (operators that ONNX
-    Runtime alone knows, for `provider`). `external`: whether the weights lie in a file beside, "auto" for large ones.
+    or the free ones by name, as in "x[batch,8]". `dtype`: of the weights in the file; None for the model's own. `kept`: the
+    modules that compute in float32 all the same. `optimize`: "none", "basic" (constants, repetitions) or "ort" (operators
+    that ONNX Runtime alone knows, for `provider`). `external`: whether the weights lie in a file beside, "auto" for large ones.
     `swap`: the adapters' tensors that stay inputs. `steps`: write a step of generation with its caches, not a forward.
     """
 
@@ -46,6 +49,7 @@ class Onnx:
     external: str = "auto"
     swap: Swap = field(default_factory=Swap)
     steps: Steps | None = None
+    kept: tuple[str, ...] = ()
 
     def write(
         self,
@@ -64,9 +68,9 @@ class Onnx:
         """
         with exporting(model), opened(model, self.swap), self._stepping(model):
             wide = inputs if self.steps is not None else two_rows(model, inputs)
-            tensors = Values(_tensors(model), self.dtype, waiting)
+            tensors = Values(_tensors(model), self.dtype, self.kept, waiting)
             half = inputs.map(self._typed), wide.map(self._typed)
-            with typed(model, self.dtype, hollow=True):
+            with typed(model, self.dtype, kept=self.kept, hollow=True):
                 program, shapes = self._program(model, *half, tensors)
         size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
         steps = self.steps.entry() if self.steps is not None else {}
@@ -104,7 +108,9 @@ class Onnx:
     def _tidied(self, model: nn.Module, inputs: Inputs, free: Sizes | None, tensors: "Values") -> onnx_ir.Model:
         """The graph with every weight in place: from three layers where the model is a stack of equal ones, else whole."""
         stack, layers = stack_of(model), "whole: there are no equal layers"
-        if stack is not None:
+        if stack is not None and not self._alike(stack):
+            layers = f"whole: only some of {stack.name} keep float32"
+        elif stack is not None:
             try:
                 with shortened(model, stack):
                     program, weights = self._optimised(model, inputs, free)
@@ -114,6 +120,14 @@ class Onnx:
             except Exception as error:  # noqa: BLE001 - whatever stands against it, the whole model can still be captured
                 layers = f"whole: {error}"
         return self._settled(*self._optimised(model, inputs, free), tensors, layers)
+
+    def _alike(self, stack: Stack) -> bool:
+        """Whether every group of layers keeps the same modules in float32: only then can one be repeated."""
+        found: dict[int, set[str]] = {group: set() for group in range(-1, stack.groups)}
+        for name in self.kept:
+            group = stack.group(f"{name}.")
+            found[group].add(stack.moved(f"{name}.", -group))
+        return all(found[group] == found[0] for group in range(stack.groups))
 
     def _stepping(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.steps is None else stepping(model)
@@ -145,13 +159,15 @@ class Values:
 
     stored: Mapping[str, torch.Tensor]
     dtype: torch.dtype | None
+    kept: tuple[str, ...]
     waiting: Mapping[int, Callable[[], torch.Tensor]]
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor of this name; ExportError where the dtype does not hold its values."""
         tensor = self.stored[name]
         tensor = self.waiting[id(tensor)]() if id(tensor) in self.waiting else tensor
-        return tensor if self.dtype in (None, tensor.dtype) else cast(name, tensor, self.dtype)
+        wanted = torch.float32 if self.dtype is not None and within(name, self.kept) else self.dtype
+        return tensor if wanted in (None, tensor.dtype) else check.narrowed(name, tensor, wanted)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

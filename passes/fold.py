@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sarac.ir import check
 from sarac.ir.adapters import MoSara
-from sarac.ir.check import relative_norm
 from sarac.ir.clone import clone
 from sarac.ir.errors import NotFoldable, RewriteError, near
-from sarac.ir.graph import Folded, ModelGraph
+from sarac.ir.graph import Folded, ModelGraph, within
 from sarac.ir.layers import adapted, uninstall
 from sarac.ir.layout import dense, quantised
 from sarac.ir.record import detach, record_of
@@ -21,7 +21,8 @@ from sarac.ir.weight import Slot
 
 @dataclass(frozen=True)
 class Fold:
-    """Write every adapter into its weight: computed in `precision` from the stored base, rounded once, to `dtype` or the base's.
+    """Write every adapter into its weight: computed in `precision` from the stored base, rounded once, to `dtype` or the base's;
+    in the modules of the names `wide`, to float32 at least. CheckFailed where that dtype does not hold a weight's values.
 
     `partial` folds what folds and leaves routed modules as they are. `gates` are fixed gates of shape (sets,) by site
     name, which fold routed sites approximately. Without either a routed site raises NotFoldable. `pending` writes nothing yet:
@@ -30,6 +31,7 @@ class Fold:
 
     precision: torch.dtype = torch.float32
     dtype: torch.dtype | None = None
+    wide: tuple[str, ...] = ()
     gates: Mapping[str, Tensor] | None = None
     partial: bool = False
     inplace: bool = False
@@ -86,12 +88,13 @@ class Fold:
         else:
             delta = slot.adapter.delta(tensors)
         delta, plain = slot.layout.stored(delta, base.shape), dense(base.detach())
-        rounded = (plain.to(wide) + delta).to(self.dtype or base.dtype).contiguous()
+        target = torch.promote_types(base.dtype, torch.float32) if within(slot.site, self.wide) else self.dtype or base.dtype
+        rounded = check.narrowed(slot.site, plain.to(wide) + delta, target).contiguous()
         if slot.site not in folded:
             lost = rounded.double() - plain.double() - delta.double()
             onto = f"de-quantised {type(base).__name__}" if quantised(base) else "stored"
-            share = relative_norm(lost, delta) if float(delta.norm()) else 0.0
-            folded[slot.site] = Folded(relative_norm(delta, plain), share, onto)
+            share = check.relative_norm(lost, delta) if float(delta.norm()) else 0.0
+            folded[slot.site] = Folded(check.relative_norm(delta, plain), share, onto)
         merged = nn.Parameter(rounded)
         merged.__dict__.update(base.__dict__)
         return merged

@@ -40,6 +40,7 @@ _MAX_RANK = "Cut larger adapters of a PEFT folder to this rank by SVD; what that
 _ADAPTER = "Which of the adapters in a model.pt. Default: the one that was live."
 _NO_CACHE = "Measure anew what was measured before, and keep nothing. The cache: sarac cache."
 _FORCE = "Load an adapter file onto another base than it was trained on."
+_KEEP = "Modules or weights that stay in float32 in fp16 and bf16, beside those that have to. Again for more."
 _DYNAMIC = 'Which sizes stay free: all that can, none, or by name as in "input_ids[batch,length]".'
 _OPTIMIZE = "Operators that ONNX Runtime alone knows (ort), folded constants (basic). Default: ort for cuda, else basic."
 _SWAPPABLE = "Leave the adapters open, to swap in at run time: one at a time, or with =rowwise one for each row of a batch."
@@ -103,6 +104,7 @@ Tokenizer = Annotated[str | None, typer.Option(metavar="FOLDER", help=_TOKENIZER
 Provider = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where ONNX Runtime runs the file that is checked.")]
 Merge = Annotated[bool | None, typer.Option("--merge/--routed", help="Insist on merging all; or write all as subgraphs.")]
 Dtype = Annotated[Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the weights in the file; else the model's.")]
+KeepFloat32 = Annotated[list[str] | None, typer.Option(metavar="GLOB", help=_KEEP)]
 Dynamic = Annotated[str, typer.Option(metavar="auto|static|SIZES", help=_DYNAMIC)]
 Optimize = Annotated[Literal["none", "basic", "ort"] | None, typer.Option(help=_OPTIMIZE)]
 External = Annotated[Literal["auto", "always", "never"], typer.Option(help="Whether the weights lie in a file beside.")]

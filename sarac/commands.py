@@ -57,6 +57,7 @@ def export(
     task: take.Task = "forward",
     opset: take.Opset = 20,
     dtype: take.Dtype = None,
+    keep_float32: take.KeepFloat32 = None,
     dynamic: take.Dynamic = "auto",
     optimize: take.Optimize = None,
     external_data: take.External = "auto",
@@ -77,14 +78,13 @@ def export(
     take.require_place(onnx if engine == "onnx" else None)
     if routing is not None and merge is False:
         raise typer.BadParameter("--routing merges the routed adapters: leave one of the two out.", param_hint="--routed")
-    spec, whole = take.spec_of(specs), take.opened(model, args, factory, trust_pickle)
-    opened, approximation = _averaged(whole, routing, calibration, tokenizer)
+    opened, approximation = _averaged(take.opened(model, args, factory, trust_pickle), routing, calibration, tokenizer)
     form: dict[str, Any] = {"opset": opset, "dtype": dtype, "dynamic": dynamic, "optimize": optimize, "smoke": smoke}
     form |= {"swappable": swappable == "whole" or swappable or False, "engine": engine, "task": task, "provider": provider}
-    form |= {"merge": merge if routing is None else None, "external_data": external_data}
-    words = tokenizer if engine == "genai" or routing is None else None
+    form |= {"merge": merge if routing is None else None, "external_data": external_data, "keep_float32": keep_float32 or ()}
+    form["tokenizer"] = tokenizer if engine == "genai" or routing is None else None
     with busy("Exporting"):
-        done = emit.export(opened, onnx, spec, tokenizer=words, **form)
+        done = emit.export(opened, onnx, take.spec_of(specs), **form)
     said = json.dumps({**json.loads(done.to_json()), "routing": routing, "approximation": approximation})
     if report_file is not None:
         report_file.write_text(said, encoding="utf-8")

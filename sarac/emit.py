@@ -4,7 +4,7 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sarac.ir.record import __version__, record_of, require_whole
 from sarac.onnx_fold import sites_entry
 from sarac.passes.fold import Fold
 from sarac.placing import aside, free_data, placed
+from sarac.precision import kept_float32
 from sarac.proof import Comparison, ExportReport, hold, noted
 from sarac.swapping import Run, compare_swaps, swap_for
 from sarac.text import input_spec
@@ -37,6 +38,7 @@ from sarac.trace import trace
 
 _OPSETS = range(18, 26)  # what the exporters underneath can write
 _DTYPE = "sarac.dtype"  # the metadata entry with the dtype of the weights
+_KEPT = "sarac.float32"  # the metadata entry with the modules that stay in float32
 _BREAKING = 23  # ONNX Runtime up to 1.31 fails on its RotaryEmbedding
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPTIMIZE, EXTERNAL = ("none", "basic", "ort"), ("auto", "always", "never")
@@ -52,6 +54,7 @@ def export(
     opset: int = 20,
     provider: str = "cpu",
     dtype: str | None = None,
+    keep_float32: Sequence[str] = (),
     dynamic: str = "auto",
     optimize: str | None = None,
     external_data: str = "auto",
@@ -64,23 +67,23 @@ def export(
     """Write `model` as ONNX, verified: a failed check raises CheckFailed and leaves nothing at `path`.
 
     `merge` True folds every adapter (NotFoldable where one is routed), False writes all as subgraphs, None folds what folds.
-    Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own; weights are
-    folded in float32 and rounded once. `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]".
-    `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `smoke`: three layers first.
-    `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", each row its
-    own. It is checked with the model's own adapter, another, and none.
+    Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own, folded in float32
+    and rounded once; what has to stay in float32 is found, and `keep_float32` (globs) adds to it.
+    `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]". `smoke`: three layers first.
+    `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda").
+    `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", one a row.
     `task` "generate" writes a causal language model's step over a cache of keys and values, for `Runtime.generate`.
     `engine` "genai" writes the merged model and `tokenizer` (a folder; default: the model's) for onnxruntime_genai.
     """
     if engine != "onnx" or tokenizer is not None:
         shape = {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data, "smoke": smoke}
-        serving.require(engine, tokenizer, example_inputs=example_inputs, merge=merge, swappable=swappable, task=task, **shape)
+        what = {"merge": merge, "swappable": swappable, "task": task, "keep_float32": tuple(keep_float32)}
+        serving.require(engine, tokenizer, example_inputs=example_inputs, **what, **shape)
         return _served(model, Path(path), merge, dtype, provider, tokenizer)
-    form = _form(opset, dynamic, dtype, optimize, provider, external_data)
-    if swap := swap_for(model, swappable):
-        form, merge = replace(form, swap=swap), _unmerged(merge)
-    form = replace(form, steps=_steps(model, task, dynamic))
-    wide = _widened(model, form.dtype, *_inputs(model, example_inputs))
+    form, swap = _form(opset, dynamic, dtype, optimize, provider, external_data), swap_for(model, swappable)
+    form, merge = replace(form, swap=swap), _unmerged(merge) if swap else merge
+    form, wide = replace(form, steps=_steps(model, task, dynamic)), _widened(model, form.dtype, *_inputs(model, example_inputs))
+    form = replace(form, kept=kept_float32(wide[0], form.dtype, keep_float32, texts(wide[0]) if form.steps else [wide[1]]))
     return _written(Path(path), form, merge, smoke, check.coarsest(model), *wide)
 
 
@@ -104,10 +107,11 @@ def _written(
 ) -> ExportReport:
     """Write `model`, whose weights are in the dtype `own` or a wider copy of such, and hold what came out against it."""
     started = time.perf_counter()
-    graph = _folded(model, merge, form.dtype)
+    graph = _folded(model, merge, form.dtype, form.kept)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
     metadata |= sites_entry(graph, own) if plan is None else {}
+    metadata |= {_KEPT: json.dumps(form.kept)} if form.kept else {}
     with aside(target) as folder:
         if smoke:
             _tried(model, graph, folder / target.name, form, spec, inputs, metadata)
@@ -119,7 +123,8 @@ def _written(
         layers = _note(folder / target.name, merged, comparisons, graph.folded)
         places = placed(files, target)
     open_to = "" if not form.swap else "rowwise" if form.swap.rowwise else "whole"
-    return ExportReport(target, places, merged, routed, comparisons, graph.folded, seconds, metadata[_DTYPE], layers, open_to)
+    said = (metadata[_DTYPE], form.kept, layers, open_to)
+    return ExportReport(target, places, merged, routed, comparisons, graph.folded, seconds, *said)
 
 
 def _tried(
@@ -236,14 +241,17 @@ def _note(path: Path, merged: bool, comparisons: tuple[Comparison, ...], folded:
     return onnx_file.read_metadata(path)[onnx.LAYERS]
 
 
-def _folded(model: nn.Module, merge: bool | None, dtype: torch.dtype | None, pending: bool = True) -> ModelGraph:
+def _folded(
+    model: nn.Module, merge: bool | None, dtype: torch.dtype | None, wide: tuple[str, ...] = (), pending: bool = True
+) -> ModelGraph:
     graph = ModelGraph(model, trace(model).sites, {})
     require_whole(model, "export")
     if record_of(model) is None:
         if merge is not None:
             raise RewriteError(f"{type(model).__name__} carries no adapters: there is nothing to merge. Leave `merge` out.")
         return graph
-    return graph if merge is False else run(graph, Fold(dtype=dtype, partial=merge is None, pending=pending), check=False)
+    fold = Fold(dtype=dtype, wide=wide, partial=merge is None, pending=pending)
+    return graph if merge is False else run(graph, fold, check=False)
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Inputs, InputSpec]:

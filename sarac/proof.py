@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from sarac.backends.exporting import typed
+from sarac.backends.mixed import typed
 from sarac.backends.pairing import paired
 from sarac.ir import check
 from sarac.ir.graph import Folded, ModelGraph
@@ -47,6 +47,7 @@ class ExportReport:
     folded: Mapping[str, Folded] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "float32"
+    kept_float32: tuple[str, ...] = ()
     layers: str = ""
     swappable: str = ""
 
@@ -75,6 +76,7 @@ class ExportReport:
                 "files": [str(file) for file in self.files],
                 "merged": self.merged,
                 "dtype": self.dtype,
+                "kept_float32": list(self.kept_float32),
                 "layers": self.layers,
                 "bytes": sum(file.stat().st_size for file in self.files if file.exists()),
                 "routed": list(self.routed),
@@ -92,6 +94,8 @@ class ExportReport:
         """The comparisons as a rich table."""
         kind = "merged" if self.merged else "adapters in the graph" if self.routed else "as it is"
         kind = {"whole": "adapters swap in", "rowwise": "each row takes its own adapter"}.get(self.swappable, kind)
+        shown = ", ".join(self.kept_float32[:3]) + (f" and {len(self.kept_float32) - 3} more" if self.kept_float32[3:] else "")
+        kind += f"; {shown} in float32" if shown else ""
         table = Table(title=f"{self.path.name}: {kind}", title_justify="left")
         table.add_column("inputs")
         for heading in ("ONNX error", "largest", "merged error", "largest"):

@@ -23,7 +23,7 @@ from sarac.proof import Comparison, ExportReport, hold, noted
 ENGINES = ("onnx", "genai")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "merge": (None, True), "opset": (20,), "dynamic": ("auto",), "external_data": ("auto",), "smoke": (False,),
-    "swappable": (False,), "task": ("forward", "generate"),
+    "swappable": (False,), "task": ("forward", "generate"), "keep_float32": ((),),
 }  # fmt: skip
 _SAID = {"merge": "merge=False (--routed)", "example_inputs": "example inputs (--input)"}
 _SHAPES = ((1, 19), (3, 14))  # rows and tokens of the inputs that a folder is held against

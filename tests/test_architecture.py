@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "backends.runtime": "ir.* backends.binding backends.decoding backends.generation backends.graphs backends.onnx_file "
     "backends.pairing backends.placement backends.providers backends.tenants",
     "backends.unseen": "ir.* backends.runtime",
+    "backends.mixed": "ir.*",
     "backends.exporting": "ir.* backends.pairing",
     "backends.lift": "ir.*",
     "backends.attention": "",
@@ -74,8 +75,8 @@ MAY_IMPORT = {
     "backends.tidy": "ir.* backends.attention backends.lift backends.reshapes",
     "backends.stack": "",
     "backends.stamp": "backends.lift backends.stack",
-    "backends.onnx": "ir.* backends.decoding backends.exporting backends.formula backends.lift backends.stack backends.stamp "
-    "backends.swap backends.tidy",
+    "backends.onnx": "ir.* backends.decoding backends.exporting backends.formula backends.lift backends.mixed backends.stack "
+    "backends.stamp backends.swap backends.tidy",
     "backends.genai": "ir.* backends.onnx_file backends.providers",
     "backends.lora": "ir.*",
     "backends.peft": "ir.* backends.lora",
@@ -102,10 +103,12 @@ MAY_IMPORT = {
     "proof": "ir.* backends.* surgery",
     "generating": "ir.* backends.*",
     "placing": "ir.*",
+    "precision": "ir.* backends.*",
     "onnx_fold": "ir.* backends.* checkpoint placing",
     "swapping": "ir.* backends.* checkpoint proof surgery",
     "serving": "ir.* backends.* proof text",
-    "emit": "ir.* passes.* backends.* trace checkpoint generating onnx_fold placing proof serving surgery swapping text",
+    "emit": "ir.* passes.* backends.* trace checkpoint generating onnx_fold placing precision proof serving surgery "
+    "swapping text",
     "finetune": "ir.* surgery text",
     "doctor": "ir.* backends.*",
     "terminal": "ir.*",

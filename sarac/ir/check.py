@@ -107,6 +107,17 @@ def require_finite(outputs: Any, what: str) -> None:
             raise CheckFailed(f"{what} has NaN or Inf at {path}: check the weights and the dtype it runs in.")
 
 
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another dtype; CheckFailed where that does not hold its values."""
+    found = tensor.detach().to(dtype)
+    if not bool(found.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise CheckFailed(
+            f"{name} has values up to {float(tensor.detach().abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}: keep it in float32 (keep_float32, --keep-float32), or take bf16 or fp32 for all."
+        )
+    return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
+
+
 def relative_norm(part: Tensor, whole: Tensor) -> float:
     """‖part‖ / ‖whole‖ in the Frobenius norm; 0 where both vanish, infinite where only `whole` does."""
     top, bottom = float(part.double().norm()), float(whole.double().norm())

@@ -207,6 +207,11 @@ def starred(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor or module of this name is one of these modules, or lies in one."""
+    return any(not module or name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def owners(module: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, str]]:
     """The modules that hold a parameter under these names: (module, attribute, its path), each module once."""
     found: dict[tuple[int, str], tuple[nn.Module, str, str]] = {}
