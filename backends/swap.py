@@ -69,7 +69,10 @@ class Swap:
             given = str(value.name)
             value.name = self.names[given]
             start = self.starts[given].to("cpu", dtype or self.starts[given].dtype).contiguous()
-            value.const_value = tensor_adapters.TorchTensor(start, name=value.name)
+            default = tensor_adapters.TorchTensor(start, name=value.name)
+            if value.dtype not in (None, default.dtype):  # of a module that stays in float32: adapters are of one dtype
+                _cast_behind(program.graph, value, default.dtype)
+            value.const_value = default
             program.graph.register_initializer(value)
 
 
@@ -128,6 +131,18 @@ def _scaled(module: nn.Module) -> dict[str, Tensor]:
         found[slot.attribute("v")] = (v.float() * (s.float() / power).unsqueeze(-1)).to(v.dtype)
         found[slot.attribute("scale")] = torch.ones_like(s)
     return found
+
+
+def _cast_behind(graph: onnx_ir.Graph, value: onnx_ir.Value, dtype: onnx_ir.DataType) -> None:
+    """Make an input one of another dtype, which its readers get in their own."""
+    assert value.dtype is not None
+    cast = onnx_ir.node("Cast", [value], {"to": value.dtype.value})
+    cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, value.dtype
+    for user, index in list(value.uses()):
+        if user is not cast:
+            user.replace_input_with(index, cast.outputs[0])
+    value.dtype = dtype
+    graph.insert_before(graph[0], cast)
 
 
 def _freed(graph: onnx_ir.Graph, names: Mapping[str, str]) -> None:

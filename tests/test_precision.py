@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import shake
+from zoo import close, differ, shake
 
 import sarac
 from sarac.backends.onnx_file import read_metadata
@@ -95,6 +95,18 @@ def test_adapted_and_merged_sites_stay_too(tmp_path: Path) -> None:
         assert half(model, path, merge=merge).kept_float32 == ("2",)
         assert {name for name, kind in dtypes(path).items() if kind == "FLOAT"} == {"2.into", "2.out"}
         assert sarac.verify(model, path, x()).error < 1e-2
+
+
+@pytest.mark.parametrize("swappable", [True, "rowwise"])
+def test_adapters_swap_into_what_stays(swappable: bool | str, tmp_path: Path) -> None:
+    model, path = shake(sarac.transform(net(Steep(1e6)), plan="rank:2")), tmp_path / "m.onnx"
+    assert half(model, path, swappable=swappable).kept_float32 == ("2",)  # checked with two adapters and none
+    sarac.save_onnx_adapter(model, tmp_path / "a.onnx_adapter", dtype="fp16", rowwise=swappable == "rowwise")
+    runtime = Runtime(path)
+    runtime.adapters.add("a", tmp_path / "a.onnx_adapter")
+    ours = runtime.run(Inputs.of(x().half()), adapter="a")["output"].float()
+    close(ours, model(x()), torch.float16)
+    differ(ours, runtime.run(Inputs.of(x().half()))["output"].float())
 
 
 def test_what_is_asked_for_stays_beside_what_has_to(tmp_path: Path) -> None:
