@@ -15,7 +15,7 @@ demo-quick: $(VENV)/demo.stamp
 
 # pytest comes last: what it closes with is the verdict.
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

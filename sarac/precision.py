@@ -59,12 +59,14 @@ def _found(trial: "_Trial", chosen: tuple[str, ...]) -> tuple[str, ...]:
         kept = _outermost(trial.model, (*some, *more))
     share = _share(trial.model, kept) - _share(trial.model, chosen)
     if share > _MOST:
-        shown = ", ".join(name or type(trial.model).__name__ for name in kept[:3]) + ("" if len(kept) < 4 else ", …")
-        word = str(trial.dtype).removeprefix("torch.")
+        what, other = type(trial.model).__name__, "bf16 or fp32" if trial.dtype == torch.float16 else "fp32"
+        does_not = f"{str(trial.dtype).removeprefix('torch.')} does not hold what {what}"
+        if "" in kept:
+            raise ExportError(f"{does_not} gives, or computes between its modules: export it in {other}.")
+        shown = ", ".join(kept[:3]) + ("" if len(kept) < 4 else ", …")
         raise ExportError(
-            f"{word} does not hold what {type(trial.model).__name__} computes: {shown} would have to stay in float32, "
-            f"{share:.0%} of its weights. Export it in {'bf16 or ' if trial.dtype == torch.float16 else ''}fp32, or name them "
-            "in keep_float32 (--keep-float32)."
+            f"{does_not} computes: {shown} would have to stay in float32, {share:.0%} of its weights. Export it in {other}, or "
+            "name them in keep_float32 (--keep-float32)."
         )
     if not trial.passes(kept, check.gate(trial.dtype)):
         raise CheckFailed(f"{trial.said} No modules that stay in float32 mend that: export in another dtype.")

@@ -153,7 +153,7 @@ def quietly(act: Callable[[], Any]) -> Any:
         return act()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(TREES, PLANS, st.booleans())
 def test_random_trees(tree: nn.Module, plan: str, training: bool) -> None:
     # float64: what is compared is the surgery, and not how a random model amplifies rounding. A spectral norm in training moves
@@ -178,7 +178,7 @@ def test_random_trees(tree: nn.Module, plan: str, training: bool) -> None:
         close(outputs(sarac.load_adapter(tree, Path(folder) / "a.safetensors"), x), moved, torch.float64)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(TREES)
 def test_random_trees_with_routed_adapters(tree: nn.Module) -> None:
     tree, x = tree.double().eval(), X.to(torch.get_default_device()).double()

@@ -19,8 +19,6 @@ import sarac
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.xdist_group("two processes")  # which one worker starts, once for all tests here
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
