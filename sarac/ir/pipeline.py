@@ -1,6 +1,6 @@
 """Passes, backends, and `run`, which holds every pass to law 1: a pass never changes what the model computes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -86,16 +86,17 @@ class _Probe:
     @classmethod
     def of(cls, graph: ModelGraph) -> "_Probe":
         """Run on a copy in eval mode, from a fixed seed: a call may move buffers, and counts for hooks."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        cuda = sorted({p.device.index for p in graph.module.parameters() if p.device.type == "cuda"})
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             try:
                 module = clone(graph.module, frozen=True)
             except RewriteError:  # it cannot be copied: in-place surgery
                 module = graph.module
             with evaluating(module):
-                sites = dict(_site_outputs(graph, module))
+                sites = dict(_site_outputs(graph, module, cuda))
                 whole = {}
                 if graph.example_inputs is not None:
-                    torch.manual_seed(0)
+                    _seed(cuda)
                     outputs = _detached(graph.example_inputs.call(module))
                     whole[type(module).__name__] = _Seen(outputs, coarsest(outputs, module))
         return cls(whole, sites)
@@ -134,12 +135,18 @@ def _sites_agree(step: Pass, before: _Probe, after: _Probe, raising: bool = Fals
     return True
 
 
-def _site_outputs(graph: ModelGraph, module: nn.Module) -> Iterator[tuple[str, _Seen]]:
+def _seed(cuda: Sequence[int]) -> None:
+    """Seed the generators that are put back, and no other device's, as torch.manual_seed would."""
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)):
+        generator.manual_seed(0)
+
+
+def _site_outputs(graph: ModelGraph, module: nn.Module, cuda: Sequence[int]) -> Iterator[tuple[str, _Seen]]:
     """What each owner gives for random inputs of its sites' shapes; those that want something else are left out."""
     for site in graph.sites.values():
         for owner, _, path in owners(module, site.names):
             for probe in _probes(owner, site):
-                torch.manual_seed(0)
+                _seed(cuda)
                 try:
                     outputs = _detached(owner(probe))
                 except NotFoldable:

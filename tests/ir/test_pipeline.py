@@ -95,6 +95,15 @@ def test_probing_leaves_modes_and_random_numbers_alone() -> None:
     assert [module.training for module in result.modules()] == [module.training for module in model.modules()]
 
 
+def test_generators_of_devices_that_the_model_is_not_on_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeded.append)
+    run(trace(mlp(6, 5, 4), torch.ones(3, 6)), Choose(), Rewrite())
+    assert seeded == []
+    torch.manual_seed(3)
+    assert seeded == [3]
+
+
 @pytest.mark.parametrize("example", [None, torch.ones(3, 6)])
 def test_in_place_surgery_is_checked_and_right(example: Tensor | None) -> None:
     model, x = mlp(6, 5, 4), torch.randn(3, 6)
