@@ -1,9 +1,10 @@
 """What a module's source multiplies with, for modules whose forward no tracer can follow."""
 
 import ast
+import functools
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -30,21 +31,19 @@ def multiplied(module: nn.Module) -> set[str]:
     return found
 
 
-def _weights(function: object) -> Iterator[str]:
+@functools.lru_cache(maxsize=4096)
+def _weights(function: object) -> frozenset[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))  # type: ignore[arg-type]  # a function
     except (OSError, TypeError, SyntaxError):
-        return
+        return frozenset()
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if attribute := _attribute(value, names):
                 names[name] = attribute
-    for node in ast.walk(tree):
-        for side in _sides(node):
-            attribute = _attribute(side, names)
-            if attribute:
-                yield attribute
+    found = {_attribute(side, names) for node in ast.walk(tree) for side in _sides(node)}
+    return frozenset(found - {""})
 
 
 def _sides(node: ast.AST) -> list[ast.expr]:
