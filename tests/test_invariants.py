@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmarks.plain import CASES
 from torch import Tensor, nn
-from zoo import require_untouched, shake, snapshot
+from zoo import require_untouched, seed, shake, snapshot
 
 import sarac
 from sarac.ir import check
@@ -63,7 +63,7 @@ class Case:
         return sarac.fold(self.model)
 
     def out(self, model: nn.Module) -> list[Tensor]:
-        torch.manual_seed(7)
+        seed(7)
         with torch.no_grad():
             return [tensor.clone() for _, tensor in check.leaves(self.inputs.call(model))]
 
@@ -93,7 +93,7 @@ def differ(case: Case, one: Any, two: Any) -> None:
 
 def backward(case: Case, model: nn.Module) -> None:
     model.zero_grad()
-    torch.manual_seed(7)
+    seed(7)
     outputs = [t for _, t in check.leaves(case.inputs.call(model)) if t.is_floating_point() and t.requires_grad]
     generator = torch.Generator().manual_seed(1)
     sum((t * torch.randn(t.shape, generator=generator, device="cpu").to(t)).sum() for t in outputs).backward()

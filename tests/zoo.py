@@ -64,9 +64,16 @@ def roles(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def seed(number: int) -> None:
+    """As torch.manual_seed, which formats the stack for every kind of device that is not in use."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 def outputs(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the model gives in its present mode, from a fixed seed."""
-    torch.manual_seed(7)
+    seed(7)
     with torch.no_grad():
         return model(*args, **kwargs)
 
