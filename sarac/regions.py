@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _symbolic_trace as symbolic
 
 from sarac.ir.layers import simple
 from sarac.watch import Watch, watching
@@ -67,7 +68,7 @@ class ForwardTrace:
         shadow.__dict__.pop("forward", None)  # of the instance; the class's own is traced
         notes.on = True
         own = not type(module).__module__.startswith("torch.nn.modules")  # torch's own layers are known
-        with watching() if own else nullcontext(Watch()) as watch:
+        with watching() if own else nullcontext(Watch()) as watch, notes.intercepting():
             found = cls(_RegionTracer().trace(shadow), notes.reads, watch.frozen)
         odd = [path for path, value in notes.reads.items() if not simple(value)]
         inputs = [node for node in found.graph.nodes if node.op == "placeholder"]
@@ -93,11 +94,15 @@ class _Notes:
     reads: dict[tuple[str, ...], Any] = field(default_factory=dict)
     writes: list[str] = field(default_factory=list)
     on: bool = False
+    plain: bool = False  # whether a module looks for attributes by a way of its own
+    intercepts: dict[str, Any] = field(default_factory=dict)
     _made: dict[int, nn.Module] = field(default_factory=dict)
 
     def shadow(self, module: nn.Module, path: tuple[str, ...]) -> nn.Module:
         """A copy that shares tensors, takes notes, and whose containers can be appended to without harm."""
-        if id(module) in self._made or type(type(module)) is not type:  # the latter: a compiled script
+        kind = type(module)
+        self.plain |= kind.__getattr__ is not nn.Module.__getattr__
+        if id(module) in self._made or type(kind) is not type:  # the latter: a compiled script
             return self._made.get(id(module), module)
         shadow = type(module).__new__(type(module))  # not copy.copy, which a parametrized module refuses
         self._made[id(module)] = shadow
@@ -108,6 +113,39 @@ class _Notes:
         }
         shadow.__class__ = self._recorder(type(module), path)
         return shadow
+
+    @contextlib.contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """Let the shadows take the calls and reads that fx takes by patching nn.Module.
+
+        A patch walks over all subclasses there are, thousands once transformers is loaded; and it comes behind a child's own
+        `__call__`, which then would run in the graph and in the child again.
+        """
+        new = getattr(symbolic, "_new_patcher", None)
+        if new is None:
+            yield
+            return
+
+        @contextlib.contextmanager
+        def patching() -> Iterator[Any]:
+            with new() as patcher:
+                patch = patcher.patch_method
+
+                def take(kind: type, name: str, function: Any, deduplicate: bool = True) -> None:
+                    if kind is nn.Module and (name == "__call__" or (name == "__getattr__" and not self.plain)):
+                        self.intercepts[name] = function
+                    else:
+                        patch(kind, name, function, deduplicate)
+
+                patcher.patch_method = take
+                yield patcher
+
+        symbolic._new_patcher = patching
+        try:
+            yield
+        finally:
+            symbolic._new_patcher = new
+            self.intercepts.clear()
 
     def _recorder(self, base: Any, path: tuple[str, ...]) -> type:
         notes = self
@@ -122,6 +160,14 @@ class _Notes:
                     if (own or simple(value_or_function)) and not callable(getattr(nn.Module, name, None)):
                         notes.reads[*path, name] = value_or_function
                 return value
+
+            def __getattr__(self, name: str) -> Any:
+                take = notes.intercepts.get("__getattr__")
+                return take(self, name) if take else super().__getattr__(name)
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                take = notes.intercepts.get("__call__")
+                return take(self, *args, **kwargs) if take else super().__call__(*args, **kwargs)
 
             def __setattr__(self, name: str, value: Any) -> None:
                 if notes.on:

@@ -15,15 +15,18 @@ from zoo import (
     adapt,
     bert,
     close,
+    differ,
     folded,
     ids,
     llama,
     mlp,
     require_untouched,
+    same,
     shake,
     snapshot,
 )
 
+import sarac
 from sarac.ir.errors import SaracWarning, TraceError
 from sarac.ir.graph import ModelGraph
 from sarac.ir.inputs import Inputs
@@ -335,3 +338,45 @@ def test_what_cannot_be_exported_is_told() -> None:
         graph = trace(Leaves(6, 5), torch.ones(3, 6))
     assert graph.whole is None
     assert graph.sites == trace(Leaves(6, 5)).sites
+
+
+class Doubles(nn.Linear):
+    """Whose call does more than its forward."""
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return 2 * super().__call__(*args)
+
+
+class Named(nn.Module):
+    """Which knows its weight by another name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 6))
+
+    def __getattr__(self, name: str) -> Tensor:
+        return super().__getattr__("w" if name == "kernel" else name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.kernel)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(6, 5), lambda: Doubles(6, 5), Named])
+def test_modules_with_ways_of_their_own_are_traced_by_them(build: Callable[[], nn.Module]) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = build(), nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.inner(x), self.last)
+
+    call, base, x = nn.Module.__call__, Holds(), torch.randn(3, 6)
+    expected = base(x)
+    model = sarac.transform(base, where="*")
+    same(model(x), expected)
+    assert set(trace(base).sites) == {"last", *(f"inner.{name}" for name, p in base.inner.named_parameters() if p.dim() > 1)}
+    shake(model)
+    differ(model(x), expected)
+    close(sarac.fold(model)(x), model(x))
+    assert nn.Module.__call__ is call

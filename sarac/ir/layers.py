@@ -153,10 +153,20 @@ def _base_getter(param: str) -> Callable[[nn.Module], Any]:
     return lambda self: self._parameters[param]
 
 
+def _looker(base: Any, params: tuple[str, ...]) -> Callable[[nn.Module, str], Any]:
+    """The class's own way to look for an attribute, which may find a base weight by another name."""
+
+    def look(self: nn.Module, name: str) -> Any:
+        found = base.__getattr__(self, name)
+        return next((getattr(self, param) for param in params if found is self._parameters[param]), found)
+
+    return look
+
+
 _classes: dict[tuple[type, tuple[str, ...], str], type] = {}
 
 
-def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None) -> type:
+def _adapted_class(base: Any, params: tuple[str, ...], forward: Forward | None) -> type:
     key = (base, params, forward.source if forward else "")
     if key not in _classes:
         body: dict[str, Any] = {
@@ -169,6 +179,8 @@ def _adapted_class(base: type, params: tuple[str, ...], forward: Forward | None)
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
             body[base_attribute(param)] = property(_base_getter(param), doc="The untouched base weight.")
         body["forward"] = _dispatch(base, forward)
+        if base.__getattr__ is not nn.Module.__getattr__:
+            body["__getattr__"] = _looker(base, params)
         if issubclass(base, nn.RNNBase):  # it calls with a list of its weights that it keeps beside them
             body["_flat_weights"] = property(_flat_weights, lambda self, _: None)
             body["flatten_parameters"] = lambda self: None
