@@ -1,9 +1,11 @@
-"""Every example runs as a user runs it, and prints what it prints only where it worked."""
+"""Every example runs, and prints what it prints only where it worked; the first as a user runs it, in a process of its own."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,19 @@ def run(name: str, folder: Path, *words: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`run` in this process, where everything is imported."""
+
+    def run_here(name: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -40,8 +55,8 @@ def test_quickstart(tmp_path: Path) -> None:
     assert numbers(rf"ONNX error: {NUMBER} of the outputs' spread, at {NUMBER} shapes", text)[1] >= 2
 
 
-def test_trainer(tmp_path: Path) -> None:
-    text = run("trainer", tmp_path)
+def test_trainer(inside: Callable[..., str]) -> None:
+    text = inside("trainer")
     before, after = numbers(rf"not seen: {NUMBER} -> {NUMBER}", text)
     assert after < before / 2
     assert "the same after save_adapter and load_adapter: True" in text
@@ -49,8 +64,8 @@ def test_trainer(tmp_path: Path) -> None:
     assert small < large
 
 
-def test_functional(tmp_path: Path) -> None:
-    text = run("functional", tmp_path)
+def test_functional(inside: Callable[..., str]) -> None:
+    text = inside("functional")
     assert re.search(r"linear +\{'site': '0\.up', 'shape': \(48, 24\), 'threshold': 0\.6, 'rank': \d+\}", text)
     assert "unchanged by the transform: True" in text
     first, last = numbers(rf"loss: {NUMBER} -> {NUMBER}", text)
@@ -60,8 +75,8 @@ def test_functional(tmp_path: Path) -> None:
     )
 
 
-def test_mosara(tmp_path: Path) -> None:
-    text = run("mosara", tmp_path)
+def test_mosara(inside: Callable[..., str]) -> None:
+    text = inside("mosara")
     one, five = (numbers(rf"{words}: {NUMBER}", text)[0] for words in ("one set of shifts", "five and a router"))
     assert five < one
     assert "fold: A routed adapter has no single weight" in text
@@ -70,8 +85,8 @@ def test_mosara(tmp_path: Path) -> None:
     assert base_gap > 1000 * torch_gap
 
 
-def test_onnx_runtime(tmp_path: Path) -> None:
-    text = run("onnx_runtime", tmp_path)
+def test_onnx_runtime(inside: Callable[..., str]) -> None:
+    text = inside("onnx_runtime")
     for shape in ("1 x 5", "3 x 40"):
         ours, base = numbers(rf"{shape}: {NUMBER} from the adapted model, {NUMBER} from the base", text)
         assert base > 1000 * ours

@@ -115,9 +115,9 @@ def straight(constants: str, body: str) -> onnx_ir.Model:
 IDS = torch.arange(24).reshape(2, 12) % 30
 
 
-def mistral(window: int | None) -> nn.Module:
+def mistral(window: int) -> nn.Module:
     config = transformers.MistralConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, sliding_window=window, use_cache=False,
     )  # fmt: skip
     return transformers.MistralForCausalLM(config)
@@ -126,15 +126,13 @@ def mistral(window: int | None) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "given", "looks_back"),
     [
-        (llama, {}, True),
-        (llama, {"attention_mask": torch.ones_like(IDS)}, False),
-        (gpt2, {}, True),
-        (lambda: mistral(None), {}, True),
+        (lambda: llama(1), {}, True),
+        (lambda: llama(1), {"attention_mask": torch.ones_like(IDS)}, False),
+        (lambda: gpt2(1), {}, True),
         (lambda: mistral(5), {}, False),
-        (lambda: mistral(50), {}, False),
-        (bert, {}, None),
+        (lambda: bert(1), {}, None),
     ],
-    ids=["llama", "llama with a mask", "gpt2", "mistral", "mistral, window 5", "mistral, window 50", "bert"],
+    ids=["llama", "llama with a mask", "gpt2", "mistral", "bert"],
 )
 def test_models(model: Any, given: dict[str, Tensor], looks_back: bool | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -142,7 +140,7 @@ def test_models(model: Any, given: dict[str, Tensor], looks_back: bool | None, t
     Onnx(optimize="ort", provider="cuda").write(module, Inputs((), {"input_ids": IDS, **given}), tmp_path / "m.onnx", {})
     nodes = [node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "MultiHeadAttention"]
     attributes = [{one.name: one for one in node.attribute} for node in nodes]
-    assert len(nodes) == 2
+    assert len(nodes) == 1
     assert {"unidirectional" in one for one in attributes} == {bool(looks_back)}
     assert {len(node.input) > 5 and node.input[5] != "" for node in nodes} == {looks_back is False}
     assert node_counts(tmp_path / "m.onnx")["Where"] == 0 or not looks_back

@@ -106,13 +106,15 @@ MODELS = {
     "another epsilon": (lambda: Layers(lambda layers: setattr(layers[4][2], "eps", 0.5)), ROWS, "whole: there are no equal"),
     "all read at the end": (Collecting, ROWS, "whole: Concat"),
     "four layers": (lambda: Layers(count=4), ROWS, "whole: there are no equal"),
-    "bert": (lambda: bert(layers=6), IDS, "repeated: 6 of encoder.layer"),
-    "llama": (lambda: llama(layers=6), IDS, "repeated: 6 of model.layers"),
-    "gpt2": (lambda: gpt2(layers=6), IDS, "repeated: 6 of transformer.h"),
+    "bert": (lambda: bert(layers=5), IDS, "repeated: 5 of encoder.layer"),
+    "llama": (lambda: llama(layers=5), IDS, "repeated: 5 of model.layers"),
+    "gpt2": (lambda: gpt2(layers=5), IDS, "repeated: 5 of transformer.h"),
 }
 
 
-@pytest.mark.parametrize(("name", "optimize"), [*((name, "basic") for name in MODELS), ("layers", "ort"), ("bert", "ort")])
+@pytest.mark.parametrize(
+    ("name", "optimize"), [*((name, "basic") for name in MODELS if name != "bert"), ("layers", "ort"), ("bert", "ort")]
+)
 def test_repeated_or_whole_the_numbers_are_the_models(name: str, optimize: str, tmp_path: Path) -> None:
     build, inputs, said = MODELS[name]
     torch.manual_seed(0)
