@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sarac.backends.mixed import typed
 from sarac.ir import check
-from sarac.ir.errors import CheckFailed, ExportError, SaracError, near
+from sarac.ir.errors import ExportError, SaracError, near
 from sarac.ir.graph import within
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
@@ -46,7 +46,7 @@ def kept_float32(model: nn.Module, dtype: torch.dtype | None, globs: Sequence[st
 
 
 def _found(trial: "_Trial", chosen: tuple[str, ...]) -> tuple[str, ...]:
-    blame = _Blame(trial.model, trial.dtype, chosen)
+    why, blame = trial.said, _Blame(trial.model, trial.dtype, chosen)
     for inputs in trial.inputs:
         blame.run(inputs)
     kept = _outermost(trial.model, (*chosen, *blame.overflown))
@@ -58,19 +58,23 @@ def _found(trial: "_Trial", chosen: tuple[str, ...]) -> tuple[str, ...]:
         more = _fewest(worst, lambda more: trial.passes(_outermost(trial.model, (*some, *more)), wanted))
         kept = _outermost(trial.model, (*some, *more))
     share = _share(trial.model, kept) - _share(trial.model, chosen)
-    if share > _MOST:
-        what, other = type(trial.model).__name__, "bf16 or fp32" if trial.dtype == torch.float16 else "fp32"
-        does_not = f"{str(trial.dtype).removeprefix('torch.')} does not hold what {what}"
-        if "" in kept:
-            raise ExportError(f"{does_not} gives, or computes between its modules: export it in {other}.")
-        shown = ", ".join(kept[:3]) + ("" if len(kept) < 4 else ", …")
-        raise ExportError(
-            f"{does_not} computes: {shown} would have to stay in float32, {share:.0%} of its weights. Export it in {other}, or "
-            "name them in keep_float32 (--keep-float32)."
-        )
-    if not trial.passes(kept, check.gate(trial.dtype)):
-        raise CheckFailed(f"{trial.said} No modules that stay in float32 mend that: export in another dtype.")
+    passes = trial.passes(kept, check.gate(trial.dtype))
+    if share > _MOST or not passes:
+        raise ExportError(f"{why} {_remedy(trial, kept, share, passes)}")
     return kept
+
+
+def _remedy(trial: "_Trial", kept: tuple[str, ...], share: float, passes: bool) -> str:
+    other = "bf16 or fp32" if trial.dtype == torch.float16 else "fp32"
+    if "" in kept:
+        return f"What it gives, or computes between its modules, is where: export it in {other}."
+    if not passes:
+        return f"No modules that stay in float32 mend that: export it in {other}."
+    shown = ", ".join(kept[:3]) + ("" if len(kept) < 4 else ", …")
+    return (
+        f"{shown} would have to stay in float32, {share:.0%} of its weights: export it in {other}, or name them in keep_float32 "
+        "(--keep-float32)."
+    )
 
 
 def _fewest(worst: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> Sequence[str]:
@@ -94,15 +98,22 @@ class _Trial:
 
     def passes(self, kept: tuple[str, ...], limit: float) -> bool:
         """Whether it gives what the model gives, with these modules in float32; `said` then says how not."""
+        name, word = type(self.model).__name__, str(self.dtype).removeprefix("torch.")
+        for module in _too_large(self.model, self.dtype, kept):
+            self.said = f"{word} does not hold the weights of {module or name}."
+            return False
         try:
             with typed(self.model, self.dtype, kept=kept):
-                found = [_coarse(one, self.dtype).call(self.model) for one in self.inputs]
+                given = [_coarse(one, self.dtype).call(self.model) for one in self.inputs]
         except SaracError as error:
             self.said = str(error)
             return False
-        rows = [check.difference(ours, theirs) for ours, theirs in zip(found, self._expected, strict=True)]
+        rows = [check.difference(ours, theirs) for ours, theirs in zip(given, self._expected, strict=True)]
         worst = max(rows, key=lambda row: (not row.finite, row.error))
-        self.said = f"In {str(self.dtype).removeprefix('torch.')} the model's relative error is {worst.error:.3g}."
+        found = (
+            f"differs by {worst.error:.3g} of its outputs' spread, and {limit:.0e} is allowed" if worst.finite else "overflows"
+        )
+        self.said = f"In {word} {name} {found}."
         return worst.finite and worst.error <= limit
 
 
