@@ -1,7 +1,8 @@
 """Mixed precision: a module in float16 or bfloat16 of which some parts stay in float32."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +16,19 @@ LARGE = 2**13  # numbers from which on a capture makes do without the values of 
 
 
 @contextlib.contextmanager
-def typed(model: nn.Module, dtype: torch.dtype | None, *, kept: Collection[str] = (), hollow: bool = False) -> Iterator[None]:
+def typed(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    *,
+    kept: Collection[str] = (),
+    hollow: bool = False,
+    waiting: Mapping[int, Callable[[], Tensor]] = MappingProxyType({}),
+) -> Iterator[None]:
     """The model with floating weights in `dtype`; buffers that no file holds (tables of frequencies) keep theirs.
 
     The modules of the names `kept`, and all in them, have float32 weights and compute with them: what comes in is cast up, and
     what goes out down. `hollow`: large weights without their values, which take no memory until somebody writes there.
+    `waiting`: what makes a weight, by the id of the parameter that stands for it.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -28,11 +37,14 @@ def typed(model: nn.Module, dtype: torch.dtype | None, *, kept: Collection[str] 
             for table, key, name, value in _floating(model) if dtype is not None else ():
                 assert dtype is not None
                 wanted = torch.float32 if within(name, kept) else dtype
-                if value.dtype != wanted:
+                if value.dtype != wanted or id(value) in waiting:
                     before.append((table, key, value))
                     if (id(value), wanted) not in made:
-                        empty = hollow and value.numel() > LARGE
-                        made[id(value), wanted] = _hollow(value, wanted) if empty else check.narrowed(name, value, wanted)
+                        if hollow and value.numel() > LARGE:
+                            made[id(value), wanted] = _hollow(value, wanted)
+                        else:
+                            own = waiting[id(value)]() if id(value) in waiting else value
+                            made[id(value), wanted] = check.narrowed(name, own, wanted)
                     table[key] = made[id(value), wanted]
             for name, module in model.named_modules() if dtype is not None else ():
                 if name in kept:

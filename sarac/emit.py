@@ -70,21 +70,21 @@ def export(
     Without example inputs the model's input spec serves. `dtype`: "fp32", "fp16", "bf16" or the model's own, folded in float32
     and rounded once; what has to stay in float32 is found, and `keep_float32` (globs) adds to it.
     `dynamic`: "auto", "static", or the free sizes, as in "input_ids[batch,length]". `smoke`: three layers first.
-    `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda").
-    `swappable`: the base with its adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", one a row.
-    `task` "generate" writes a causal language model's step over a cache of keys and values, for `Runtime.generate`.
-    `engine` "genai" writes the merged model and `tokenizer` (a folder; default: the model's) for onnxruntime_genai.
+    `optimize`: "none", "basic", or "ort" for `provider`'s own operators (default for "cuda"). `swappable`: the base with its
+    adapters open, for files of `save_onnx_adapter`: True, one at a time; "rowwise", one a row. `task` "generate": a step over
+    a cache, for `Runtime.generate`. `engine` "genai": a folder for onnxruntime_genai, with `tokenizer`'s files or the model's.
     """
     if engine != "onnx" or tokenizer is not None:
-        shape = {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data, "smoke": smoke}
-        what = {"merge": merge, "swappable": swappable, "task": task, "keep_float32": tuple(keep_float32)}
-        serving.require(engine, tokenizer, example_inputs=example_inputs, **what, **shape)
+        what: dict[str, Any] = {"merge": merge, "swappable": swappable, "task": task, "smoke": smoke}
+        what |= {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data}
+        serving.require(engine, tokenizer, example_inputs=example_inputs, keep_float32=tuple(keep_float32), **what)
         return _served(model, Path(path), merge, dtype, provider, tokenizer)
-    form, swap = _form(opset, dynamic, dtype, optimize, provider, external_data), swap_for(model, swappable)
-    form, merge = replace(form, swap=swap), _unmerged(merge) if swap else merge
-    form, wide = replace(form, steps=_steps(model, task, dynamic)), _widened(model, form.dtype, *_inputs(model, example_inputs))
-    form = replace(form, kept=kept_float32(wide[0], form.dtype, keep_float32, texts(wide[0]) if form.steps else [wide[1]]))
-    return _written(Path(path), form, merge, smoke, check.coarsest(model), *wide)
+    form = _form(opset, dynamic, dtype, optimize, provider, external_data)
+    form = replace(form, swap=swap_for(model, swappable), steps=_steps(model, task, dynamic))
+    merge, wide = _unmerged(merge) if form.swap else merge, _widened(model, form.dtype, *_inputs(model, example_inputs))
+    emitted = functools.partial(_folded, wide[0], merge, None)
+    kept = kept_float32(wide[0], emitted, form.dtype, keep_float32, texts(wide[0]) if form.steps else [wide[1]])
+    return _written(Path(path), replace(form, kept=kept), merge, smoke, check.coarsest(model), *wide)
 
 
 def _widened(model: nn.Module, dtype: torch.dtype | None, inputs: Inputs, spec: InputSpec) -> tuple[nn.Module, Inputs, InputSpec]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from sarac.backends.mixed import typed
 from sarac.ir import check
 from sarac.ir.errors import ExportError, SaracError, near
-from sarac.ir.graph import within
+from sarac.ir.graph import ModelGraph, within
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 
@@ -26,8 +26,14 @@ _MOST = 0.5  # of the weights: where more must stay in float32, another dtype is
 _COARSE = (torch.float16, torch.bfloat16)
 
 
-def kept_float32(model: nn.Module, dtype: torch.dtype | None, globs: Sequence[str], inputs: Sequence[Inputs]) -> tuple[str, ...]:
-    """The modules that stay in float32 where `model` goes to `dtype`: those that `globs` name, and those that have to.
+def kept_float32(
+    model: nn.Module,
+    emitted: Callable[[], ModelGraph],
+    dtype: torch.dtype | None,
+    globs: Sequence[str],
+    inputs: Sequence[Inputs],
+) -> tuple[str, ...]:
+    """The modules that stay in float32 where what is emitted of `model` goes to `dtype`: those of `globs`, and what has to.
 
     Every module is named whose output overflows or is beyond the gate of `dtype` for want of precision, the innermost that
     has inputs and outputs which the dtype holds. ExportError where that is most of the model, or does not help.
@@ -41,12 +47,12 @@ def kept_float32(model: nn.Module, dtype: torch.dtype | None, globs: Sequence[st
     if check.coarsest(model) == dtype:  # the model itself computes so, and is what the file is held against
         return chosen
     with torch.no_grad(), evaluating(model):
-        trial = _Trial(model, dtype, inputs)
+        trial = _Trial(model, emitted(), dtype, inputs)
         return chosen if trial.passes(chosen, check.gate(dtype)) else _found(trial, chosen)
 
 
 def _found(trial: "_Trial", chosen: tuple[str, ...]) -> tuple[str, ...]:
-    why, blame = trial.said, _Blame(trial.model, trial.dtype, chosen)
+    why, blame = trial.said, _Blame(trial, chosen)
     for inputs in trial.inputs:
         blame.run(inputs)
     kept = _outermost(trial.model, (*chosen, *blame.overflown))
@@ -90,31 +96,41 @@ def _fewest(worst: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> Se
 
 
 class _Trial:
-    """A model in a coarse dtype, held against itself."""
+    """What is emitted of a model in a coarse dtype, held against the model."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, inputs: Sequence[Inputs]) -> None:
-        self.model, self.dtype, self.inputs, self.said = model, dtype, inputs, ""
+    def __init__(self, model: nn.Module, emitted: ModelGraph, dtype: torch.dtype, inputs: Sequence[Inputs]) -> None:
+        self.model, self.emitted, self.dtype, self.inputs, self.said = model, emitted, dtype, inputs, ""
         self._expected = [one.call(model) for one in inputs]
 
     def passes(self, kept: tuple[str, ...], limit: float) -> bool:
         """Whether it gives what the model gives, with these modules in float32; `said` then says how not."""
         name, word = type(self.model).__name__, str(self.dtype).removeprefix("torch.")
-        for module in _too_large(self.model, self.dtype, kept):
-            self.said = f"{word} does not hold the weights of {module or name}."
-            return False
         try:
-            with typed(self.model, self.dtype, kept=kept):
-                given = [_coarse(one, self.dtype).call(self.model) for one in self.inputs]
+            with self.coarse(kept):
+                given = [_coarse(one, self.dtype).call(self.emitted.module) for one in self.inputs]
         except SaracError as error:
-            self.said = str(error)
+            self.said = f"{str(error).partition(':')[0]}."  # what is wrong; what to do is said here
             return False
         rows = [check.difference(ours, theirs) for ours, theirs in zip(given, self._expected, strict=True)]
         worst = max(rows, key=lambda row: (not row.finite, row.error))
-        found = (
-            f"differs by {worst.error:.3g} of its outputs' spread, and {limit:.0e} is allowed" if worst.finite else "overflows"
-        )
-        self.said = f"In {word} {name} {found}."
+        far = f"differs by {worst.error:.3g} of its outputs' spread, and {limit:.0e} is allowed"
+        self.said = f"In {word} {name} {far if worst.finite else 'overflows'}."
         return worst.finite and worst.error <= limit
+
+    @contextlib.contextmanager
+    def coarse(self, kept: tuple[str, ...]) -> Iterator[None]:
+        """The emitted module in the coarse dtype, with these modules in float32."""
+        module = self.emitted.module
+        with evaluating(module), typed(module, self.dtype, kept=kept, waiting=self.emitted.waiting):
+            yield
+
+    def too_large(self, kept: tuple[str, ...]) -> Iterator[str]:
+        """The modules with weights that the dtype does not hold."""
+        for name, parameter in self.emitted.module.named_parameters():
+            if parameter.is_floating_point() and not within(name, kept):
+                make = self.emitted.waiting.get(id(parameter))
+                if float((make() if make else parameter).abs().max()) > torch.finfo(self.dtype).max:
+                    yield name.rpartition(".")[0]
 
 
 @dataclass
@@ -129,8 +145,7 @@ class _Call:
 class _Blame:
     """Which modules overflow in a coarse dtype, and the error that each adds on its own."""
 
-    model: nn.Module
-    dtype: torch.dtype
+    trial: _Trial
     kept: tuple[str, ...]
     overflown: set[str] = field(default_factory=set)
     errors: dict[str, float] = field(default_factory=dict)
@@ -143,10 +158,11 @@ class _Blame:
         def record(name: str, given: Any, outputs: Any) -> None:
             calls.setdefault(name, []).append(_Call(pytree.tree_leaves(outputs), [_finite(v) for v in pytree.tree_leaves(given)]))
 
-        with _hooked(self.model, lambda name: open_calls.append(name), lambda *seen: record(*seen)):
-            inputs.call(self.model)
+        model, emitted = self.trial.model, self.trial.emitted.module
+        with _hooked(model, open_calls.append, record):
+            inputs.call(model)
         del open_calls[:]
-        self.overflown |= {_called(name, calls) for name in _too_large(self.model, self.dtype, self.kept)}
+        self.overflown |= {_called(name, calls) for name in self.trial.too_large(self.kept)}
 
         def put_right(name: str, given: Any, outputs: Any) -> Any:
             open_calls.pop()
@@ -155,8 +171,8 @@ class _Blame:
             return self._judged(name, open_calls[-1] if open_calls else "", calls[name].pop(0), given, outputs)
 
         wide = [*self.kept, *self.overflown]
-        with typed(self.model, self.dtype, kept=_outermost(self.model, wide)), _hooked(self.model, open_calls.append, put_right):
-            _coarse(inputs, self.dtype).call(self.model)
+        with self.trial.coarse(_outermost(emitted, wide)), _hooked(emitted, open_calls.append, put_right):
+            _coarse(inputs, self.trial.dtype).call(emitted)
 
     def _judged(self, name: str, caller: str, call: _Call, given: Any, outputs: Any) -> Any:
         """The outputs of a call put right, and whoever did them wrong written down."""
@@ -187,13 +203,6 @@ def _hooked(model: nn.Module, before: Callable[[str], None], after: Callable[[st
             stack.callback(into.remove)
             stack.callback(out.remove)
         yield
-
-
-def _too_large(model: nn.Module, dtype: torch.dtype, kept: tuple[str, ...]) -> Iterator[str]:
-    """The modules with weights that the dtype does not hold."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not within(name, kept) and float(parameter.abs().max()) > torch.finfo(dtype).max:
-            yield name.rpartition(".")[0]
 
 
 def _called(name: str, calls: Mapping[str, Any]) -> str:
