@@ -124,17 +124,18 @@ def hold(
     made = {name: functools.partial(_made, make, own) for name, make in graph.waiting.items()}
     with torch.no_grad(), evaluating(model), evaluating(emitted), typed(emitted, None if wanted == own else own):
         for inputs in unseen:
-            reference = _reference(model, own, inputs) if emitted is not model and wanted == own else None
             unmerged = inputs.call(model)
+            reference = _wider(model, own, inputs) if emitted is not model and wanted == own else None
+            rounding = functools.partial(rounding_of, model, inputs, unmerged) if wanted == own else None
             with Standing(made):
                 merged = inputs.call(emitted)
             check.require_finite(merged, "The torch model's output")
-            between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model")
+            between = check.require_close(merged, unmerged, wanted, "The merged and the adapted torch model", rounding)
             if reference is not None:
                 check.require_merge_keeps(merged, unmerged, reference, own)
             ours, theirs = paired(run(inputs), unmerged)
             check.require_finite(ours, "The ONNX model's output")
-            found = check.require_close(ours, theirs, wanted, "The ONNX model and the adapted torch model")
+            found = check.require_close(ours, theirs, wanted, "The ONNX model and the adapted torch model", rounding)
             if record_of(model) is not None:
                 with disabled(model):
                     plain = inputs.call(model)
@@ -144,6 +145,12 @@ def hold(
             errors = (found.error, found.max_error, between.error, between.max_error)
             rows.append(Comparison(inputs.describe(), *errors))
     return tuple(rows)
+
+
+def rounding_of(model: nn.Module, inputs: Inputs, outputs: Any) -> float:
+    """How far these outputs of `model` lie from what the next wider dtype gives; 0 where there is none."""
+    reference = _wider(model, check.coarsest(model), inputs, plain=True)
+    return 0.0 if reference is None else check.difference(outputs, reference).error
 
 
 def noted(merged: bool, comparisons: tuple[Comparison, ...], folded: Mapping[str, Folded]) -> dict[str, str]:
@@ -157,9 +164,9 @@ def _made(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return make().detach().to(dtype)
 
 
-def _reference(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> Any:
-    """What the adapted model gives in the next wider dtype, by which a merge is judged; None where there is none."""
-    if dtype == torch.float64 or not any(True for _ in adapted(model)):
+def _wider(model: nn.Module, dtype: torch.dtype, inputs: Inputs, plain: bool = False) -> Any:
+    """What the adapted (or `plain`) model gives in the next wider dtype, to judge rounding by; None where there is none."""
+    if dtype == torch.float64 or not (plain or any(True for _ in adapted(model))):
         return None
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     with widened(model, wide):

@@ -1,6 +1,7 @@
 """Swappable exports: which models can be, the adapter files for them, and the proof that every swap gives what it should."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sarac.ir.errors import CheckFailed, ExportError, InputError, NotFoldable
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted, evaluating
 from sarac.ir.record import record_of
-from sarac.proof import Comparison
+from sarac.proof import Comparison, rounding_of
 
 Run = Callable[[Inputs, tenants.Chosen], Mapping[str, Tensor]]  # an export's outputs for inputs and an adapter
 _SPREAD = 0.03  # of the shifts that are drawn for a check: larger ones make a deep model magnify rounding
@@ -71,10 +72,11 @@ def compare_swaps(
         given = {name: _of_torch(model, values, unseen) for name, values in names.items()}
         for index, inputs in enumerate(unseen):
             outputs = {name: given[name][index] for name in names}
-            found = {name: _compared(run, inputs, name, outputs[name], wanted) for name in names}
+            noise = {name: functools.partial(_rounding, model, names[name], inputs) if wanted == own else None for name in names}
+            found = {name: _compared(run, inputs, name, outputs[name], wanted, noise[name]) for name in names}
             for one, two in (("this", "another"), ("another", None), (None, "this")):
                 check.require_different(found[one][0], found[two][0], f"The outputs with {_said(one)} and {_said(two)}", _SAME)
-            rows += [_row(inputs, name, found[name][1], outputs[name], wanted) for name in names]
+            rows += [_row(inputs, name, found[name][1], outputs[name], wanted, noise[name]) for name in names]
             if adapters.rowwise:
                 rows.append(_mixed(run, inputs, {name: outputs[name][0] for name in names}, wanted))
     return tuple(rows)
@@ -95,17 +97,30 @@ def _of_torch(model: nn.Module, values: Mapping[str, Tensor], unseen: Sequence[I
 
 
 def _compared(
-    run: Run, inputs: Inputs, name: str | None, outputs: tuple[Any, Any], dtype: torch.dtype
+    run: Run, inputs: Inputs, name: str | None, outputs: tuple[Any, Any], dtype: torch.dtype, noise: Callable[[], float] | None
 ) -> tuple[dict[str, Tensor], check.Difference]:
     ours, theirs = paired(run(inputs, name), outputs[0])
     check.require_finite(ours, "The ONNX model's output")
-    return ours, check.require_close(ours, theirs, dtype, f"The ONNX model and the torch model with {_said(name)}")
+    return ours, check.require_close(ours, theirs, dtype, f"The ONNX model and the torch model with {_said(name)}", noise)
 
 
-def _row(inputs: Inputs, name: str | None, found: check.Difference, outputs: tuple[Any, Any], dtype: torch.dtype) -> Comparison:
+def _rounding(model: nn.Module, values: Mapping[str, Tensor], inputs: Inputs) -> float:
+    with _with(model, values):
+        return rounding_of(model, inputs, inputs.call(model))
+
+
+def _row(
+    inputs: Inputs,
+    name: str | None,
+    found: check.Difference,
+    outputs: tuple[Any, Any],
+    dtype: torch.dtype,
+    noise: Callable[[], float] | None,
+) -> Comparison:
     merged = check.Difference(0.0, 0.0, True, "", True)
     if outputs[1] is not None:
-        merged = check.require_close(outputs[1], outputs[0], dtype, f"The folded and the adapted torch model with {_said(name)}")
+        what = f"The folded and the adapted torch model with {_said(name)}"
+        merged = check.require_close(outputs[1], outputs[0], dtype, what, noise)
     what = f"{inputs.describe()}, {_said(name)}"
     return Comparison(what, found.error, found.max_error, merged.error, merged.max_error)
 

@@ -1,7 +1,7 @@
 """The one place that knows tolerances: how different two outputs are, and how different they may be."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from sarac.ir.errors import CheckFailed
 # against float64 references, whole models lie at 1e-6 (fp32), 2.5e-3 (fp16), 1.8e-2 (bf16): the gates leave room for
 # a different order of summation and for nothing more.
 _GATES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# Two roundings of one computation differ by 1.4 times what each is from the truth, and other orders of summation by some more.
+# SmolLM2 with random adapters, its last layer's values in float32: 1.6e-5 from float64 unmerged, 1.2e-5 merged, 2.2e-5 apart.
+OVER_ROUNDING, MOST_GATES = 3.0, 10.0
 
 # A merged model may be this much further from the unmerged one than its own dtype's rounding explains.
 MERGED_OVER_UNMERGED = 1.5
@@ -66,14 +70,23 @@ def difference(actual: Any, expected: Any) -> Difference:
     return max(rows, key=lambda row: (not row.finite, row.error, not row.identical))
 
 
-def require_close(actual: Any, expected: Any, dtype: torch.dtype, what: str) -> Difference:
-    """Raise CheckFailed unless the outputs agree within the gate of `dtype`; `what` names the two for the message."""
+def require_close(
+    actual: Any, expected: Any, dtype: torch.dtype, what: str, rounding: Callable[[], float] | None = None
+) -> Difference:
+    """Raise CheckFailed unless the outputs agree within the gate of `dtype`; `what` names the two for the message.
+
+    Beyond the gate, `rounding` tells how far what is expected lies from a wider computation of the same: a model that magnifies
+    its own rounding is held to a small multiple of that.
+    """
     found = difference(actual, expected)
-    if not found.finite or not found.error <= gate(dtype):
+    limit = gate(dtype)
+    if found.finite and found.error > limit and rounding is not None:
+        limit = max(limit, min(OVER_ROUNDING * rounding(), MOST_GATES * limit))
+    if not found.finite or not found.error <= limit:
         raise CheckFailed(
             f"{what} differ at {found.where}: relative error {found.error:.3g} (rms over standard deviation), largest "
             f"absolute {found.max_error:.3g}{'' if found.finite else ', with NaN or Inf'}; "
-            f"{str(dtype).removeprefix('torch.')} allows {gate(dtype):.0e}."
+            f"{str(dtype).removeprefix('torch.')} allows {limit:.0e}."
         )
     return found
 

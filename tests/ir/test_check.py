@@ -36,6 +36,28 @@ def test_close_is_relative_to_the_spread(dtype: torch.dtype, scale: float) -> No
         check.require_close(expected + 1.1 * check.gate(dtype) * noise, expected, dtype, "x and y")
 
 
+def test_a_model_that_magnifies_its_rounding_is_held_to_that() -> None:
+    expected, asked = torch.randn(1000, dtype=torch.float64), []
+    noise = torch.randn(1000, dtype=torch.float64)
+    noise *= expected.std(correction=0) / noise.square().mean().sqrt()
+
+    def close(gates: float, rounding: float) -> None:
+        def own() -> float:
+            asked.append(rounding)
+            return rounding * check.gate(torch.float32)
+
+        check.require_close(expected + gates * check.gate(torch.float32) * noise, expected, torch.float32, "x and y", own)
+
+    close(0.9, 0.0)
+    assert asked == []  # a wider computation is made where the gate alone does not do
+    close(2.9, 1.0)
+    close(9.9, 100.0)
+    for gates, rounding in ((1.1, 0.3), (3.1, 1.0), (10.1, 100.0)):
+        with pytest.raises(CheckFailed, match="x and y differ"):
+            close(gates, rounding)
+    assert len(asked) == 5
+
+
 @given(st.floats(-1e30, 1e30), st.integers(0, 9))
 def test_one_changed_number_is_not_identical(value: float, place: int) -> None:
     one = torch.full((10,), value, dtype=torch.float64)
