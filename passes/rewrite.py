@@ -13,9 +13,9 @@ from sarac.ir.adapters import Adapter
 from sarac.ir.cache import Store, store
 from sarac.ir.clone import clone
 from sarac.ir.errors import PlanError, RewriteError
-from sarac.ir.graph import ModelGraph, Region, Site, owners
+from sarac.ir.graph import ModelGraph, Region, Site, owners, take_place
 from sarac.ir.layers import adapted, compile_forward, install
-from sarac.ir.match import Match, readers
+from sarac.ir.match import Match, linear_call, readers
 from sarac.ir.measure import leading
 from sarac.ir.record import Record, attach
 from sarac.ir.start import Factors
@@ -94,8 +94,7 @@ class Rewrite:
             forward = None
             if region is not None and calls:
                 region = region.copy()
-                shapes = {param: tuple(owner._parameters[param].shape) for param in calls}  # type: ignore[union-attr]  # there
-                done = [_rewrite(one, calls, shapes) for one in region.graphs().values()]
+                done = [_rewrite(one, calls, owner) for one in region.graphs().values()]
                 if any(done):
                     forward, rewritten[path] = compile_forward(region.train, region.evaluate), region
             named = {param: tensors[slot.site] for param, slot in chosen.items()}
@@ -114,29 +113,43 @@ def _factors(site: Site, cache: Store | None) -> Factors:
     return factors
 
 
-def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Replace linear nodes over these parameters by their adapters' subgraphs; whether there was one to replace.
+def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], owner: nn.Module) -> bool:
+    """Replace linear nodes over these parameters of `owner` by their adapters' subgraphs; whether there was one to replace.
 
     Another linear node reads the effective weight.
     """
+    shapes = {param: tuple(owner._parameters[param].shape) for param in slots}  # type: ignore[union-attr]  # there
     adapted_of: dict[fx.Node, fx.Node] = {}  # a linear node may feed the next one directly
     for match in readers(graph, shapes).matches:
         slot, users = slots[match.param], list(match.node.users)
         if not _worthwhile(match, slot):
             continue
-        _read_base(graph, match, base_attribute(slot.param))
+        weight = _read_base(graph, match, base_attribute(slot.param))
         with graph.inserting_before(match.node.next):
             roles = slot.adapter.shapes(*_SOME_SHAPE)
             read = {role: fx.Proxy(graph.get_attr(slot.attribute(role))) for role in roles}
             if match.layout != slot.layout:  # the transposed matrix has its factors the other way round
                 read |= {"u": read["v"].mT, "v": read["u"].mT}
             x = fx.Proxy(adapted_of.get(match.x, match.x))
-            result = slot.adapter.apply(x, fx.Proxy(match.node), read, match.how).node
+            call = linear_call(match)
+            if call is None or slot.adapter.parts or slot.adapter.borrowed or not _row_or_none(call[1], owner):
+                result = slot.adapter.apply(x, fx.Proxy(match.node), read, match.how).node
+            else:
+                bias, schedule = call[1] and fx.Proxy(call[1]), fx.Proxy(graph.get_attr(slot.schedule))
+                result = slot.adapter.linear(x, fx.Proxy(weight), bias, read, schedule, call[0]).node
         for user in users:
             user.replace_input_with(match.node, result)
+        if not match.node.users:
+            take_place(match.node, result)
         adapted_of[match.node] = result
     graph.lint()
     return bool(adapted_of)
+
+
+def _row_or_none(bias: fx.Node | None, owner: nn.Module) -> bool:
+    """Whether a bias is none, or a vector of the module's own: addmm adds any matrix."""
+    found = getattr(owner, str(bias.target), None) if bias is not None and bias.op == "get_attr" else None
+    return bias is None or (isinstance(found, Tensor) and found.ndim == 1)
 
 
 def _worthwhile(match: Match, slot: Slot) -> bool:
@@ -150,8 +163,8 @@ def _worthwhile(match: Match, slot: Slot) -> bool:
     return not (grouped and slot.adapter.foldable)
 
 
-def _read_base(graph: fx.Graph, match: Match, attribute: str) -> None:
-    """Let the linear node read the base, through the same transposes; other readers keep the effective weight."""
+def _read_base(graph: fx.Graph, match: Match, attribute: str) -> fx.Node:
+    """Let the linear node read the base, through the same transposes; other readers keep the effective weight. What it reads."""
     value: fx.Node | None = None
     with graph.inserting_before(match.node):
         for step in match.chain:
@@ -161,6 +174,7 @@ def _read_base(graph: fx.Graph, match: Match, attribute: str) -> None:
     for step in reversed(match.chain):
         if not step.users:
             graph.erase_node(step)
+    return value
 
 
 def _always(node: fx.Node) -> Callable[[fx.Node], fx.Node]:

@@ -23,6 +23,7 @@ from sarac.ir.errors import CheckpointError
 from sarac.ir.layers import adapted
 from sarac.ir.layout import dense
 from sarac.ir.plan import Plan
+from sarac.ir.weight import settle
 
 FORMAT = 1
 _UNKNOWN = (-1, -1)  # the shape of a weight that is not at hand
@@ -209,6 +210,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str, loose: Mappi
         present[name].data = tensor
     for name in set(loose or {}).intersection(present):
         present[name].data = (loose or {})[name]
+    for _, module, _ in adapted(model):
+        settle(module)
 
 
 def base_hashes(weights: Mapping[str, Tensor], precisions: Sequence[str] = tuple(_PRECISIONS)) -> dict[str, str]:

@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor
 from sarac.checkpoint import Adapters, tensors_of, whole
 from sarac.ir.adapters import Adapter
 from sarac.ir.errors import CheckpointError, RewriteError, near
+from sarac.ir.layers import adapted
 from sarac.ir.methods import describe
 from sarac.ir.plan import Plan
 from sarac.ir.record import Frozen, Record, Shelf, Shelved, record_of, require_whole, shelf_of
+from sarac.ir.weight import settle
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
@@ -149,6 +151,8 @@ def _make_live(model: nn.Module, shelf: Shelf, name: str, incoming: Shelved) -> 
             shelf.live.tensors = {site: {role: t.clone() for role, t in roles.items()} for site, roles in present.items()}
             _copy(live, incoming.frozen.tensors or {})
             shelf.live, incoming.frozen.tensors = incoming.frozen, None
+            for _, module, _ in adapted(model):
+                settle(module)
         _copy(live, incoming.trained)
         _copy({"": _further(model, record)}, {"": incoming.further})
     shelf.active = name

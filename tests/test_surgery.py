@@ -134,12 +134,18 @@ def test_zero_and_tiny_weights() -> None:
         sarac.transform(model, where="0.weight")
 
 
+def broken(self: Any, x: Any, weight: Any, bias: Any, tensors: Any, *_: Any) -> Any:
+    return x @ weight.mT + tensors["shift"].sum() + 1.0
+
+
 def test_example_inputs_check_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     base, batch = llama(), ids()
     model = sarac.transform(base, example_inputs={"input_ids": batch})
     same(outputs(model, batch), outputs(base, batch))
     # A rewrite that breaks the model is caught on them.
-    monkeypatch.setattr("sarac.ir.adapters.Sara.apply", lambda self, x, y, tensors, how: y + tensors["shift"].sum() + 1.0)
+    monkeypatch.setattr(
+        "sarac.ir.adapters.Sara.linear", lambda self, x, w, b, tensors, *_: x @ w.mT + tensors["shift"].sum() + 1.0
+    )
     with pytest.raises(sarac.CheckFailed, match="Rewrite"):
         sarac.transform(base, example_inputs={"input_ids": batch})
 
@@ -461,7 +467,9 @@ def test_graph_carries_the_threshold_rank_on_its_nodes() -> None:
 
 
 def test_checks_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sarac.ir.adapters.Sara.apply", lambda self, x, y, tensors, how: y + tensors["shift"].sum() + 1.0)
+    monkeypatch.setattr(
+        "sarac.ir.adapters.Sara.linear", lambda self, x, w, b, tensors, *_: x @ w.mT + tensors["shift"].sum() + 1.0
+    )
     steps = (Choose("rank:2"), Rewrite())
     with pytest.raises(sarac.CheckFailed):
         sarac.run(sarac.trace(plain()), *steps)

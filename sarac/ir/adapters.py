@@ -23,10 +23,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from sarac.ir.calls import AUTO, routed, shifted
 from sarac.ir.errors import NotFoldable
 from sarac.ir.gram import factors
 from sarac.ir.start import Factors, Tensors, each, product, require, require_ranks, small, stacked, svd_tensors
-from sarac.ir.terms import LINEAR, How, add, mix, project, scaled, score
+from sarac.ir.terms import LINEAR, How, add, base, gates_of, mix, project, scaled, score
 
 TRAINS = ("singular_values", "factors")
 INITS = ("svd", "random")
@@ -78,6 +79,9 @@ class Adapter(Protocol):
 
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """The adapted output, from the input x (…, in) and the base's output y (…, out) of that linear operation."""
+
+    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+        """As `apply` on `base(op, x, weight, bias)`, by a schedule of sarac.ir.schedules while it trains; of one matrix."""
 
     def delta(self, tensors: Tensors) -> Tensor:
         """The change of the weight (out, in), or of a stack, that `apply` amounts to; NotFoldable if there is none."""
@@ -146,6 +150,10 @@ class Sara:
         h = project(x, tensors["v"], how)
         h = h * values.unsqueeze(-2) if self.parts else scaled(h, values)
         return add(y, h, tensors["u"], how)
+
+    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+        """W x + b + U ((δ ⊙ s) ⊙ V x)."""
+        return shifted(x, weight, bias, *(tensors[role] for role in ("u", "v", "scale", "shift")), schedule, op)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(δ ⊙ s) V, shape (out, in)."""
@@ -232,16 +240,7 @@ class MoSara:
         """The gates (…, sets) for projections h = V x of shape (…, k)."""
         if self.bottleneck:
             h = score(h, tensors["router_in"], bool(self.parts))
-        scores = score(h, tensors["router"], bool(self.parts))
-        soft = torch.softmax(scores, -1)
-        kind, _, count = self.router.partition(":")
-        if kind == "topk":
-            kept = torch.topk(soft, int(count), -1)
-            return torch.zeros_like(soft).scatter(-1, kept[1], kept[0])
-        if kind == "hard":
-            largest = torch.zeros_like(soft).scatter(-1, torch.argmax(scores, -1, keepdim=True), 1.0)
-            return largest + (soft - soft.detach())
-        return soft
+        return gates_of(score(h, tensors["router"], bool(self.parts)), self.router)
 
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """y + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
@@ -252,6 +251,16 @@ class MoSara:
             return add(y, mix(h, self.gates(seen, tensors), shift, scale), tensors["u"], how)
         values = shift.mean(-2) * scale
         return add(y, h * values.unsqueeze(-2) if self.parts else scaled(h, values), tensors["u"], how)
+
+    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+        """W x + b + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
+        own = (tensors["u"], tensors["v"], tensors["scale"])
+        if not self.routed:
+            return shifted(x, weight, bias, *own, tensors["shift"].mean(-2), schedule, op)
+        if self.router_of:
+            return self.apply(x, base(op, x, weight, bias), tensors)
+        inward = tensors["router_in"] if self.bottleneck else None
+        return routed(x, weight, bias, *own, tensors["shift"], tensors["router"], inward, self.router, schedule, op)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""

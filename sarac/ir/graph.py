@@ -185,6 +185,13 @@ class ModelGraph:
         return graph
 
 
+def take_place(old: fx.Node, new: fx.Node) -> None:
+    """Let a node have the name and facts of one that nothing uses any more, which goes."""
+    name, meta = old.name, old.meta
+    old.graph.erase_node(old)
+    new.name, new.meta = name, {**new.meta, **meta}
+
+
 def fact(node: fx.Node) -> Mapping[str, Any] | None:
     """The facts that Analyze left on a linear node: site, shape, threshold and rank; None where there are none."""
     found = node.meta.get(META)

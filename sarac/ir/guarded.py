@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import WeightError
-from sarac.ir.weight import EffectiveWeight
+from sarac.ir.weight import EffectiveWeight, settle
 
 
 def overrides(base: type, params: tuple[str, ...]) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
             base._load_from_state_dict(self, state, prefix, *args)
         finally:
             del self.__dict__["_sara_loading"]
+        settle(self)
 
     return _load_from_state_dict
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
+from sarac.ir.calls import AUTO
 from sarac.ir.errors import RewriteError, WeightError
 from sarac.ir.guarded import overrides
-from sarac.ir.weight import PRODUCTS, EffectiveWeight, Guard, Slot, State, base_attribute, effective
+from sarac.ir.weight import PRODUCTS, EffectiveWeight, Guard, Slot, State, base_attribute, effective, settle
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, *_FUNCTIONS)
@@ -72,8 +73,11 @@ def install(
             name = slot.attribute(role)
             _require_free(module, slot.site, name)
             module.register_parameter(name, tensor)
-        _require_free(module, slot.site, base_attribute(slot.param))
+        for name in (slot.schedule, base_attribute(slot.param)):
+            _require_free(module, slot.site, name)
+        module.__dict__[slot.schedule] = AUTO
     module.__dict__["_sara"] = State({slot.param: slot for slot in slots}, guards)
+    settle(module)
     bound = _bound_forwards(module)
     module.__class__ = _adapted_class(type(module), tuple(slot.param for slot in slots), forward)
     _bind_forwards(module, bound)
@@ -105,6 +109,7 @@ def uninstall(module: nn.Module) -> None:
     for slot in module.__dict__["_sara"].slots.values():
         for role in slot.tensors(module):
             del module._parameters[slot.attribute(role)]
+        module.__dict__.pop(slot.schedule, None)
     del module.__dict__["_sara"]
     bound = _bound_forwards(module)
     module.__class__ = type(module).__sara_base__  # type: ignore[attr-defined]

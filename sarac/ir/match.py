@@ -168,6 +168,15 @@ def linear_use(node: fx.Node, made_of: MadeOf) -> tuple[Any, fx.Node, bool] | No
     return (right, left, True) if made_of.get(left) and right not in made_of else None
 
 
+def linear_call(match: Match) -> tuple[str, Any] | None:
+    """The operation (as sarac.ir.terms.base names it) and bias of what is x Wᵀ + b by any name; None of others."""
+    name = operation(match.node)
+    if match.how != LINEAR or match.layout.stack or name not in ("linear", "addmm", *_PAIRS):
+        return None
+    bias = {"linear": (2, "bias"), "addmm": (0, "input")}.get(name)
+    return name if name in ("linear", "addmm", "mm") else "matmul", _argument(match.node, *bias) if bias else None
+
+
 def operation(node: fx.Node) -> str:
     """The name of what a node computes: the same for a function, a method, and an operator of an exported graph."""
     if node.op == "call_method":

@@ -36,12 +36,25 @@ LINEAR: How = ()
 EMBEDDING: How = ("embedding",)
 
 
+def base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b by the operation that the model has there, to the last bit: linear of W (out, in), another of it as (in, out)."""
+    match op:
+        case "linear":
+            return linear(x, weight, bias)
+        case "addmm":
+            assert bias is not None
+            return torch.addmm(bias, x, weight)
+        case "mm":
+            return torch.mm(x, weight)
+    return x @ weight
+
+
 @leaf
 def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
     """V x, shape (…, k), from x (…, in) and V (k, in) or (parts, k, in); in float32 where it would run in float16."""
     floats = x if x.is_floating_point() else v
-    if _running_dtype(floats) == torch.float16 and not _narrow:
-        with _without_autocast(floats):
+    if running_dtype(floats) == torch.float16 and not _narrow:
+        with without_autocast(floats):
             return _projected(x.float() if floats is x else x, v.float(), how)
     if x.is_floating_point() and x.dtype != v.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(v.dtype)  # factors that train may be wider than their base
@@ -52,7 +65,7 @@ def project(x: Tensor, v: Tensor, how: How = LINEAR) -> Tensor:
 def add(y: Tensor, h: Tensor, u: Tensor, how: How = LINEAR) -> Tensor:
     """y + U h in y's dtype, from y (…, out), h (…, k) and U (out, k) or (parts, out, k)."""
     if y.dtype == torch.float16 and not _narrow:
-        with _without_autocast(y):
+        with without_autocast(y):
             return y + _expanded(h.float(), u.float(), y, how).to(y.dtype)
     return y + _expanded(h.to(u.dtype), u, y, how).to(y.dtype)
 
@@ -66,9 +79,22 @@ def scaled(h: Tensor, values: Tensor) -> Tensor:
 @leaf
 def score(h: Tensor, router: Tensor, stack: bool = False) -> Tensor:
     """R h in the router's dtype, shape (…, sets), from h (…, k) and R (sets, k), (rows, sets, k) or, of a stack, (parts, …)."""
-    with _without_autocast(h):
+    with without_autocast(h):
         h = h.to(router.dtype)
         return _projected(h, router, LINEAR) if stack or router.ndim == 2 else _by_row(h, router.mT)
+
+
+@leaf
+def gates_of(scores: Tensor, kind: str) -> Tensor:
+    """The gates (…, sets) of scores: their softmax, its N largest (topk:N), or 1 at the largest with its gradient (hard)."""
+    soft = torch.softmax(scores, -1)
+    if kind == "hard":
+        largest = torch.zeros_like(soft).scatter(-1, torch.argmax(scores, -1, keepdim=True), 1.0)
+        return largest + (soft - soft.detach())
+    if kind.startswith("topk:"):
+        kept = torch.topk(soft, int(kind.removeprefix("topk:")), -1)
+        return torch.zeros_like(soft).scatter(-1, kept[1], kept[0])
+    return soft
 
 
 @leaf
@@ -79,10 +105,15 @@ def mix(h: Tensor, gates: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """
     for observer in _observers:
         observer(shift, gates)
-    with _without_autocast(h):
+    with without_autocast(h):
         gates, rows = gates.to(shift.dtype), shift.ndim == 3 and scale.ndim == 1
         mixed = _by_row(gates, shift) if rows else gates @ shift
         return h * (mixed * (scale if scale.ndim == 1 else scale.unsqueeze(-2)))
+
+
+def observed() -> bool:
+    """Whether somebody watches the gates."""
+    return bool(_observers)
 
 
 @contextmanager
@@ -183,12 +214,14 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: conv1d, 2: conv2d, 3: conv
 _RANK = "Z"  # a letter that the matcher accepts in no equation
 
 
-def _running_dtype(x: Tensor) -> torch.dtype:
+def running_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype a product with x runs, under autocast or not."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on x's device for a while."""
     # Entered only where it matters: an exporter would turn it into an operator of its own.
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
+from sarac.ir.calls import AUTO, PINNED, forget, singular
 from sarac.ir.errors import NotFoldable, WeightError
 from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
 
@@ -37,6 +38,11 @@ class Slot:
         """Whether the factors serve a weight that lies like this: as their own, or turned over where none is borrowed."""
         return layout == self.layout or (layout == self.layout.flipped and not self.adapter.borrowed)
 
+    @property
+    def schedule(self) -> str:
+        """The module attribute that names the schedule of its calls while it trains (sarac.ir.schedules)."""
+        return self.attribute("schedule")
+
     def attribute(self, role: str) -> str:
         """The module attribute of the adapter's tensor with this role: `sara_u`, or `NAME_sara_u` beside `NAME`."""
         return f"sara_{role}" if self.param == "weight" else f"{self.param}_sara_{role}"
@@ -57,6 +63,36 @@ class State:
     slots: dict[str, Slot]
     guards: tuple[Guard, ...] = ()
     enabled: bool = True
+
+
+def fixed(slot: Slot, module: nn.Module) -> str:
+    """Why the calls of a slot run by the formula's own terms and no other schedule; "" where several serve."""
+    adapter, weight = slot.adapter, module._parameters[slot.param]
+    if adapter.parts or slot.layout not in (MATRIX, TRANSPOSED):
+        return "it is a stack of matrices" if adapter.parts else "it is no plain matrix"
+    if adapter.borrowed:
+        return "its router is that of another weight"
+    if {"u", "v"} & set(adapter.trainable):
+        return "its factors train"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"it is stored as a {type(weight).__name__}"
+    tensors = slot.tensors(module)
+    if weight is None or weight.is_meta:
+        return "it has no values yet"
+    if not singular(slot.layout.matrix(weight), *(tensors[role] for role in ("u", "v", "scale"))):
+        return "its factors are no singular vectors of it, or not to the last digits"
+    return ""
+
+
+def settle(module: nn.Module) -> None:
+    """Note whether the schedules of an adapted module's slots are free: compiled code cannot look at values when it runs."""
+    for slot in module.__dict__["_sara"].slots.values():
+        weight = module._parameters[slot.param]
+        if weight is None or isinstance(weight, DTensor):
+            continue
+        forget(weight)
+        if module.__dict__[slot.schedule] in (AUTO, PINNED):
+            module.__dict__[slot.schedule] = PINNED if fixed(slot, module) else AUTO
 
 
 def base_attribute(param: str) -> str:
@@ -137,10 +173,10 @@ class EffectiveWeight(Tensor):
         assert isinstance(x, Tensor)
         base: Any = self._module._parameters[self._param]
         base = base.mT if self._turned else base
-        y = linear(x, base, bias) if name == "linear" else x @ base
         if lies != slot.layout:
             tensors |= {"u": tensors["v"].mT, "v": tensors["u"].mT}
-        found: Tensor = slot.adapter.apply(x, y, tensors)
+        op = "linear" if name == "linear" else "matmul"
+        found: Tensor = slot.adapter.linear(x, base, bias, tensors, getattr(self._module, slot.schedule), op)
         return found
 
     @classmethod

@@ -184,7 +184,9 @@ def test_functional_call_of_a_whole_model(method: str) -> None:
     given = {name: p.detach().clone() for name, p in other.named_parameters()}
     assert "model.layers.0.mlp.up_proj.weight" in given
     found = functional_call(model, given, (batch(),)).logits
-    same(found, other(batch()).logits)
+    with torch.no_grad():  # as the given tensors are: while it trains it takes the same sums in another order
+        same(found, other(batch()).logits)
+    close(found, other(batch()).logits)
     differ(found, model(batch()).logits)
     part = {"model.layers.0.mlp.up_proj.weight": given["model.layers.0.mlp.up_proj.weight"]}
     differ(functional_call(model, part, (batch(),)).logits, model(batch()).logits)
@@ -192,7 +194,7 @@ def test_functional_call_of_a_whole_model(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_functional_gradients_are_autograds(method: str) -> None:
-    model = adapted(method)
+    model = adapted(method, dtype=torch.float64)
     given = {name: model.get_parameter(name).detach() for name in trainables(model)}
     found = grad(lambda tensors: functional_call(model, tensors, (batch(),), {"labels": batch()}).loss)(given)
     model(batch(), labels=batch()).loss.backward()

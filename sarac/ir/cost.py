@@ -1,0 +1,172 @@
+"""What each order of an adapted call (sarac.ir.schedules) costs on a device, by rates that were measured there.
+
+A forward and backward of one call is a list of products and passes over memory; a product takes its operations over the rate
+measured for its smallest dimension, or its bytes over the bandwidth where that is more, and every kernel its launch. `sarac
+tune` measures the rates of the machine at hand. Without rates of a device operations alone decide.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sarac.ir.cache import store
+from sarac.ir.errors import SaracError
+
+MEASURED = "tune.json"  # beside what the cache keeps: rates of this machine
+SHIPPED = Path(__file__).with_name("rates.json")
+LARGEST = 2**20  # tokens
+NAMES = ("right", "left", "materialised", "two-sided")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in one dtype: seconds a launch, bytes/s, and by its smallest dimension a product's operations/s."""
+
+    launch: float
+    bandwidth: float
+    products: tuple[tuple[int, float], ...]
+
+    def product(self, rows: int, inner: int, columns: int, size: int) -> float:
+        """Seconds of a product (rows, inner) by (inner, columns) of elements of this size in bytes."""
+        least, measured = min(rows, inner, columns), self.products
+        low = max((one for one in measured if one[0] <= least), default=measured[0])
+        high = min((one for one in measured if one[0] >= least), default=measured[-1])
+        share = 0.0 if high[0] <= low[0] else math.log(least / low[0]) / math.log(high[0] / low[0])
+        rate: float = low[1] ** (1.0 - share) * high[1] ** share
+        moved = (rows * inner + inner * columns + rows * columns) * size
+        return self.launch + max(2.0 * rows * inner * columns / rate, moved / self.bandwidth)
+
+    def passes(self, numbers: int, size: int, kernels: int = 1) -> float:
+        """Seconds of kernels that together read and write so many numbers of this size in bytes."""
+        return kernels * self.launch + numbers * size / self.bandwidth
+
+
+# Operations alone: a launch and a byte cost nothing.
+_COUNTED = Rates(0.0, math.inf, ((1, 1e12),))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One adapted linear call: x (tokens, inner), W (out, inner), k directions, elements of `size` bytes."""
+
+    tokens: int
+    out: int
+    inner: int
+    rank: int
+    size: int = 2
+    routed: bool = False  # gates mix the shifts: there is no one-sided form by U, and no weight to make
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The schedules that can serve."""
+        return ("right", "two-sided") if self.routed else NAMES
+
+    def kept(self, schedule: str) -> int:
+        """Bytes kept from the forward to the backward."""
+        return (self.tokens * self.rank + (self.out * self.inner if schedule == "materialised" else 0)) * self.size
+
+    def seconds(self, schedule: str, rates: Rates) -> float:
+        """Seconds of forward and backward, without those of `floor`."""
+        t, m, n, k = self.tokens, self.out, self.inner, self.rank
+        side = {"right": n, "left": m, "materialised": min(m, n)}.get(schedule)
+        reduced = rates.passes(4 * t * k, self.size, 2)
+        if side is None:
+            thin = 2 * rates.product(t, n, k, self.size) + 2 * rates.product(t, m, k, self.size)
+            return thin + reduced + rates.passes(2 * k * (m + n), self.size, 2) + rates.passes(t * (m + n), self.size, 0)
+        thin = rates.product(t, side, k, self.size)
+        if schedule == "materialised":
+            made = rates.product(m, k, n, self.size) + rates.passes(4 * k * n + m * n, self.size, 8)
+            return 2 * thin + made + reduced
+        return 4 * thin + reduced + rates.passes(4 * k * side, self.size, 2) + rates.passes(2 * t * side, self.size, 0)
+
+    def floor(self, rates: Rates) -> float:
+        """Seconds of forward and backward of the frozen linear call."""
+        return rates.product(self.tokens, self.inner, self.out, self.size) + rates.product(
+            self.tokens, self.out, self.inner, self.size
+        )
+
+    def best(self, rates: Rates) -> str:
+        """The fastest schedule that keeps no more than an adapter that trains its factors does: its input, tokens x inner."""
+        room = self.tokens * (self.inner + self.rank) * self.size
+        fitting = [name for name in self.choices if self.kept(name) <= room]
+        return min(fitting, key=lambda name: self.seconds(name, rates))
+
+    def steps(self, rates: Rates) -> tuple[tuple[int, str], ...]:
+        """The best schedule by tokens, whatever this call has: (limit, name) for all numbers below the limit, in rising order."""
+        found: list[tuple[int, str]] = []
+        for limit in (2**power for power in range(1, LARGEST.bit_length())):
+            name = replace(self, tokens=limit * 3 // 4).best(rates)
+            found = [*(found[:-1] if found and found[-1][1] == name else found), (limit, name)]
+        return tuple(found)
+
+
+def schedule_at(tokens: int, steps: Sequence[tuple[int, str]]) -> str:
+    """The choice among `Call.steps`, written so that a compiler guards on a range of tokens and not on their number."""
+    for limit, name in steps:
+        if tokens < limit:
+            return name
+    return steps[-1][1]
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name that rates of a device are kept under: the GPU's own, or the kind of device."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def rates_of(device: str, dtype: str) -> Rates | None:
+    """The rates of a device by its name and of a dtype by its torch name; None where nothing was measured there."""
+    table = _tables().get(device, {}).get(dtype)
+    return None if table is None else read_rates(table)
+
+
+def rates_or_counts(device: str, dtype: str) -> Rates:
+    """The rates of a device, or such that operations alone decide."""
+    return rates_of(device, dtype) or _COUNTED
+
+
+def read_rates(table: Mapping[str, Any]) -> Rates:
+    """Rates from their JSON values."""
+    return Rates(float(table["launch"]), float(table["bandwidth"]), tuple((int(n), float(rate)) for n, rate in table["products"]))
+
+
+def keep_rates(folder: Path, device: str, tables: Mapping[str, Rates]) -> Path:
+    """Write the rates of a device by dtype beside those of others, for later processes too; the file."""
+    path = folder / MEASURED
+    known = _read(path)
+    known[device] = {**known.get(device, {}), **{dtype: asdict(rates) for dtype, rates in tables.items()}}
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    aside.replace(path)
+    rates_of.cache_clear()
+    return path
+
+
+def _tables() -> dict[str, Any]:
+    """All rates: those that come with sarac, then those that were measured on this machine."""
+    kept = store()
+    found = _read(SHIPPED)
+    for device, tables in (_read(kept.folder / MEASURED) if kept else {}).items():
+        found[device] = {**found.get(device, {}), **tables}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SaracError(
+            f"The measured rates in {path} cannot be read ({error}): delete it, or run `sarac tune` again."
+        ) from error
+    return found
