@@ -25,11 +25,13 @@ from sarac.ir.record import __version__ as __version__
 from sarac.onnx_fold import fold_onnx
 from sarac.planning import plan
 from sarac.proof import ExportReport
+from sarac.scheduling import schedule
 from sarac.shelf import adapters, use
 from sarac.storage import load, load_adapter, save, save_adapter
 from sarac.surgery import analyze, disabled, fold, recommended_lr, transform
 from sarac.swapping import save_onnx_adapter
 from sarac.trace import trace
+from sarac.tuning import tune
 
 __all__ = [
     "CheckFailed",
@@ -66,8 +68,10 @@ __all__ = [
     "save",
     "save_adapter",
     "save_onnx_adapter",
+    "schedule",
     "trace",
     "transform",
+    "tune",
     "use",
     "verify",
 ]

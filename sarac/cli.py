@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.table import Table
 from torch import nn
 
 from sarac import arguments as take
@@ -22,6 +23,7 @@ from sarac.ir.cache import switched
 from sarac.ir.processes import first, joined
 from sarac.ir.record import record_of
 from sarac.passes.choose import chosen_sites
+from sarac.scheduling import Schedules
 from sarac.terminal import Commands, Swapping, busy, meter, show, width
 from sarac.trace import trace
 
@@ -60,6 +62,8 @@ def analyze(
     args: take.Args = None,
     factory: take.Factory = None,
     trust_pickle: take.Trust = False,
+    tokens: take.Tokens = None,
+    device: take.RatesOf = "",
     no_cache: take.NoCache = False,
     as_json: take.Json = False,
 ) -> None:
@@ -83,8 +87,10 @@ def analyze(
         analysis.plot(plot)
     if report is not None:
         analysis.report(report, command=shlex.join(["sarac", *sys.argv[1:]]))
-    left = [analysis.left_out_table(sites)] if analysis.left_out else []
-    show(as_json, analysis.to_json(), analysis.table(sites, width()), *left)
+    document, more = analysis.to_json(), [analysis.left_out_table(sites)] if analysis.left_out else []
+    if tokens is not None:
+        document, more = _with_schedules(document, more, analysis.schedules(tokens, device), sites)
+    show(as_json, document, analysis.table(sites, width()), *more)
 
 
 app.add_typer(plans.app, name="plan")
@@ -174,6 +180,7 @@ app.command(epilog="Example: sarac fold-onnx base.onnx adapter.safetensors out.o
 app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
 
 
+app.command(epilog="Example: sarac tune --device cuda")(commands.tune)
 app.command(epilog="Example: sarac cache --clear")(commands.cache)
 
 
@@ -183,6 +190,11 @@ def doctor(as_json: take.Json = False) -> None:
     found = diagnosis.diagnose()
     faults = [f"{fault}: {remedy}" for fault, remedy in found.faults]
     show(as_json, found.to_json(), found.table(), *(faults or [found.verdict]))
+
+
+def _with_schedules(document: str, tables: list[Table], found: Schedules, by_site: bool) -> tuple[str, list[Table]]:
+    said = {**json.loads(document), "schedules": json.loads(found.to_json())}
+    return json.dumps(said, indent=1), [*tables, found.table(by_site)]
 
 
 def _facts(model: nn.Module, out: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from sarac import arguments as take
 from sarac import convert as forms
-from sarac import emit, onnx_fold, storage, surgery, text
+from sarac import emit, onnx_fold, storage, surgery, text, tuning
 from sarac.backends import peft
 from sarac.ir.cache import store
 from sarac.ir.errors import CheckpointError
@@ -156,6 +156,14 @@ def convert(
     facts: dict[str, Any] = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank}
     facts |= {"truncation": dict(done.errors), "adapters": done.names}
     show(as_json, json.dumps(facts), done.sentence())
+
+
+def tune(device: take.Device = None, check: take.Check = True, as_json: take.Json = False) -> None:
+    """Measure what this machine does. By it sarac chooses from then on in which order adapted calls compute while they train."""
+    with busy("Measuring"):
+        found = tuning.tune(device, check=check)
+    kept = f"Kept in {found.path}." if found.path else "Not kept: the cache is off (SARAC_CACHE=off)."
+    show(as_json, found.to_json(), *found.tables(), kept)
 
 
 def cache(clear: take.Clear = False, as_json: take.Json = False) -> None:

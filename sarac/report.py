@@ -11,11 +11,13 @@ from rich.table import Table
 
 from sarac import page, plots, tables
 from sarac.figures import Row, kinds, remarks, row, spectrum_of, trainable
+from sarac.ir.cost import device_name
 from sarac.ir.errors import InputError, SpectrumError, TraceError, near
 from sarac.ir.graph import ModelGraph, Site, Whole
 from sarac.ir.methods import build
 from sarac.ir.plan import Plan
 from sarac.ir.spectrum import Spectrum
+from sarac.scheduling import Schedules, of_sites
 from sarac.tables import as_text
 
 
@@ -111,6 +113,15 @@ class Analysis:
         return Plan(
             adapters, f"threshold:{self.threshold!r}", shapes={site.name: site.full_shape for site in sites}, siblings=siblings
         )
+
+    def schedules(self, tokens: int = 8192, device: str = "") -> Schedules:
+        """How calls of so many tokens run while SARA's singular values train at the threshold, as sarac.schedule shows it.
+
+        `device`: the name that `sarac tune` keeps its rates under; default: the device that the model is on.
+        """
+        here = next(self.graph.module.parameters()).device if self.graph else "cpu"
+        ranks = {site: self.spectrum(site.name).rank_at(self.threshold) for site in self.sites if not spectrum_of(site).is_zero}
+        return of_sites(ranks, tokens, device or device_name(here))
 
     def report(self, folder: str | Path, *, plan: Plan | None = None, command: str = "") -> Path:
         """Write one page, folder/index.html, that needs no network: tables, curves, a threshold to move, the plan or another."""

@@ -18,28 +18,31 @@ import torch
 
 from sarac.ir.cache import store
 from sarac.ir.errors import SaracError
+from sarac.ir.schedules import EXACT
 
 MEASURED = "tune.json"  # beside what the cache keeps: rates of this machine
-SHIPPED = Path(__file__).with_name("rates.json")
 LARGEST = 2**20  # tokens
 NAMES = ("right", "left", "materialised", "two-sided")
 
 
+Curve = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in one dtype: seconds a launch, bytes/s, and by its smallest dimension a product's operations/s."""
+    """What a device does in one dtype: seconds a launch, bytes/s, and the operations/s of products.
+
+    These are measured by how many rows (tokens) there are, and by the smaller of the two other dimensions.
+    """
 
     launch: float
     bandwidth: float
-    products: tuple[tuple[int, float], ...]
+    rows: Curve
+    products: Curve
 
     def product(self, rows: int, inner: int, columns: int, size: int) -> float:
         """Seconds of a product (rows, inner) by (inner, columns) of elements of this size in bytes."""
-        least, measured = min(rows, inner, columns), self.products
-        low = max((one for one in measured if one[0] <= least), default=measured[0])
-        high = min((one for one in measured if one[0] >= least), default=measured[-1])
-        share = 0.0 if high[0] <= low[0] else math.log(least / low[0]) / math.log(high[0] / low[0])
-        rate: float = low[1] ** (1.0 - share) * high[1] ** share
+        rate = min(_at(self.rows, rows), _at(self.products, min(inner, columns)))
         moved = (rows * inner + inner * columns + rows * columns) * size
         return self.launch + max(2.0 * rows * inner * columns / rate, moved / self.bandwidth)
 
@@ -48,8 +51,17 @@ class Rates:
         return kernels * self.launch + numbers * size / self.bandwidth
 
 
+def _at(curve: Curve, size: int) -> float:
+    """The rate at a size, between those measured on a line of logarithms."""
+    low = max((one for one in curve if one[0] <= size), default=curve[0])
+    high = min((one for one in curve if one[0] >= size), default=curve[-1])
+    share = 0.0 if high[0] <= low[0] else math.log(size / low[0]) / math.log(high[0] / low[0])
+    rate: float = low[1] ** (1.0 - share) * high[1] ** share
+    return rate
+
+
 # Operations alone: a launch and a byte cost nothing.
-_COUNTED = Rates(0.0, math.inf, ((1, 1e12),))
+_COUNTED = Rates(0.0, math.inf, ((1, 1e12),), ((1, 1e12),))
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,9 @@ class Call:
             return thin + reduced + rates.passes(2 * k * (m + n), self.size, 2) + rates.passes(t * (m + n), self.size, 0)
         thin = rates.product(t, side, k, self.size)
         if schedule == "materialised":
-            made = rates.product(m, k, n, self.size) + rates.passes(4 * k * n + m * n, self.size, 8)
-            return 2 * thin + made + reduced
+            made = rates.product(m, k, n, self.size) + rates.passes(4 * k * n + m * n, self.size, 2)
+            near = rates.product(m, n, EXACT, self.size) + rates.product(t, max(m, n), EXACT, self.size)
+            return 2 * thin + made + near + reduced + rates.passes(2 * k * side, self.size, 8)
         return 4 * thin + reduced + rates.passes(4 * k * side, self.size, 2) + rates.passes(2 * t * side, self.size, 0)
 
     def floor(self, rates: Rates) -> float:
@@ -135,7 +148,8 @@ def rates_or_counts(device: str, dtype: str) -> Rates:
 
 def read_rates(table: Mapping[str, Any]) -> Rates:
     """Rates from their JSON values."""
-    return Rates(float(table["launch"]), float(table["bandwidth"]), tuple((int(n), float(rate)) for n, rate in table["products"]))
+    rows, products = (tuple((int(n), float(rate)) for n, rate in table[name]) for name in ("rows", "products"))
+    return Rates(float(table["launch"]), float(table["bandwidth"]), rows, products)
 
 
 def keep_rates(folder: Path, device: str, tables: Mapping[str, Rates]) -> Path:
@@ -152,12 +166,8 @@ def keep_rates(folder: Path, device: str, tables: Mapping[str, Rates]) -> Path:
 
 
 def _tables() -> dict[str, Any]:
-    """All rates: those that come with sarac, then those that were measured on this machine."""
     kept = store()
-    found = _read(SHIPPED)
-    for device, tables in (_read(kept.folder / MEASURED) if kept else {}).items():
-        found[device] = {**found.get(device, {}), **tables}
-    return found
+    return _read(kept.folder / MEASURED) if kept else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -166,7 +176,5 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise SaracError(
-            f"The measured rates in {path} cannot be read ({error}): delete it, or run `sarac tune` again."
-        ) from error
+        raise SaracError(f"The measured rates in {path} cannot be read ({error}): delete it, then run `sarac tune`.") from error
     return found

@@ -1,0 +1,88 @@
+"""The cost model: what it counts, what it chooses, and where its rates come from."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sarac.ir.cost import LARGEST, NAMES, Call, Rates, keep_rates, rates_of, rates_or_counts, schedule_at
+from sarac.ir.errors import SaracError
+
+FAST = Rates(0.0, math.inf, ((1, 1e12),), ((1, 1e12),))  # operations alone, as where nothing was measured
+
+
+def test_counts_are_those_of_the_products() -> None:
+    t, m, n, k = 8192, 2048, 5632, 614
+    call = Call(t, m, n, k)
+    assert call.floor(FAST) * 1e12 == pytest.approx(4 * t * m * n)
+    assert call.seconds("two-sided", FAST) * 1e12 == pytest.approx(4 * t * k * (m + n))
+    assert call.seconds("right", FAST) * 1e12 == pytest.approx(8 * t * k * n)
+    assert call.seconds("left", FAST) * 1e12 == pytest.approx(8 * t * k * m)
+    near = 2 * m * n * 16 + 2 * t * n * 16  # the directions that a materialised call takes the long way
+    assert call.seconds("materialised", FAST) * 1e12 == pytest.approx(4 * t * k * m + 2 * k * m * n + near)
+
+
+@pytest.mark.parametrize(
+    ("call", "best"),
+    [
+        (Call(8192, 2048, 2048, 614), "materialised"),
+        (Call(64, 2048, 2048, 614), "right"),  # a weight is dear for so few tokens
+        (Call(64, 512, 2048, 154), "left"),
+        (Call(64, 2048, 512, 154), "right"),
+        (Call(8192, 2048, 2048, 614, routed=True), "right"),
+        (Call(8192, 512, 2048, 154, routed=True), "two-sided"),
+    ],
+)
+def test_choice_follows_the_operations(call: Call, best: str) -> None:
+    assert call.best(FAST) == best
+    assert schedule_at(call.tokens, call.steps(FAST)) == best
+
+
+def test_steps_cover_all_numbers_of_tokens() -> None:
+    steps = Call(1, 2048, 2048, 614).steps(FAST)
+    limits = [limit for limit, _ in steps]
+    assert limits == sorted(set(limits))
+    assert limits[-1] == LARGEST
+    assert [name for _, name in steps] == ["right", "materialised"]
+    assert schedule_at(10 * LARGEST, steps) == steps[-1][1]
+    assert schedule_at(1, steps) == steps[0][1]
+
+
+def test_what_keeps_more_than_an_input_is_not_chosen() -> None:
+    few = Call(3000, 4096, 4096, 300)
+    assert few.kept("materialised") > few.tokens * (few.inner + few.rank) * few.size
+    assert min(NAMES, key=lambda name: few.seconds(name, FAST)) == "materialised" != few.best(FAST)
+    assert replace(few, tokens=5000).best(FAST) == "materialised"
+
+
+def test_launches_and_bytes_count() -> None:
+    call, slow = Call(64, 256, 256, 16), Rates(1e-3, 1e9, ((1, 1e12),), ((1, 1e12),))
+    assert call.seconds("materialised", slow) > call.seconds("right", slow) + 5e-3  # it has more kernels
+    assert slow.product(64, 256, 16, 2) == pytest.approx(1e-3 + (64 * 256 + 256 * 16 + 64 * 16) * 2 / 1e9)
+
+
+def test_rates_are_kept_by_device_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SARAC_CACHE", str(tmp_path))
+    rates_of.cache_clear()
+    assert rates_of("a device", "float32") is None
+    assert rates_or_counts("a device", "float32") == FAST
+    one, other = Rates(1e-6, 1e11, ((1, 1e9), (64, 1e12)), ((8, 2e9),)), Rates(2e-6, 1e11, ((1, 1e9),), ((8, 2e9),))
+    keep_rates(tmp_path, "a device", {"float32": one})
+    keep_rates(tmp_path, "a device", {"bfloat16": other})
+    assert (rates_of("a device", "float32"), rates_of("a device", "bfloat16")) == (one, other)
+    assert rates_of("another", "float32") is None
+    (tmp_path / "tune.json").write_text("{")
+    rates_of.cache_clear()
+    with pytest.raises(SaracError, match="delete it, then run `sarac tune`"):
+        rates_of("a device", "float32")
+    monkeypatch.setenv("SARAC_CACHE", "off")
+    rates_of.cache_clear()
+    assert rates_of("a device", "float32") is None
+    rates_of.cache_clear()
+
+
+def test_rate_between_two_is_between_them() -> None:
+    rates = Rates(0.0, math.inf, ((1, 1e12),), ((8, 1e9), (32, 4e9)))
+    assert 2 * 1e6 * 64 * 16 / rates.product(10**6, 64, 16, 4) == pytest.approx(2e9)
+    assert 2 * 1e6 * 64 * 4 / rates.product(10**6, 64, 4, 4) == pytest.approx(1e9)  # below the first, the first's

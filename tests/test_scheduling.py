@@ -1,0 +1,182 @@
+"""Schedules as people see and set them, what the machine's rates are measured for, and both on the command line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import train
+from torch import nn
+from typer.testing import CliRunner
+from user.methods import batch
+from zoo import VOCABULARY, close, llama, mlp, outputs, shake
+
+import sarac
+from sarac.cli import app
+from sarac.ir.calls import AUTO, PINNED
+from sarac.ir.cost import rates_of
+
+CHOICES = ("auto", "two-sided", "right", "left", "materialised", "plain")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of the test's own: rates that were measured elsewhere choose otherwise."""
+    monkeypatch.setenv("SARAC_CACHE", str(tmp_path / "cache"))
+    rates_of.cache_clear()
+    yield tmp_path / "cache"
+    rates_of.cache_clear()
+
+
+def asked(model: nn.Module) -> set[str]:
+    return {module.__dict__["sara_schedule"] for module in model.modules() if "sara_schedule" in module.__dict__}
+
+
+def losses(model: nn.Module, steps: int = 6) -> list[float]:
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=2e-2)
+    found = []
+    for step in range(steps):
+        words = torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(step))
+        loss = model(words, labels=words).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("method", ["sara", "mosara"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_training_is_the_same_step_by_step(choice: str, method: str) -> None:
+    base = llama()
+    expected = losses(set_to("plain", sarac.transform(base, method=method)))
+    found = losses(set_to(choice, sarac.transform(base, method=method)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(losses(sarac.transform(base, "rank:1", method=method)), rel=1e-5)
+
+
+def set_to(choice: str, model: nn.Module) -> nn.Module:
+    sarac.schedule(model, choice)
+    return model
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_checkpointing_and_folding_know_no_schedule(choice: str) -> None:
+    model = set_to(choice, shake(sarac.transform(llama())))
+    merged = outputs(sarac.fold(model), batch())
+    model.activation_checkpointing_enable()
+    model.train()
+    out = model(batch(), labels=batch())
+    close(out.logits, merged)
+    out.loss.backward()
+    found = [one.grad.clone() for one in model.parameters() if one.requires_grad]
+    model.zero_grad()
+    model.activation_checkpointing_disable()
+    sarac.schedule(model, "plain")
+    model(batch(), labels=batch()).loss.backward()
+    close(torch.cat(found).double(), torch.cat([one.grad for one in model.parameters() if one.requires_grad]).double())
+
+
+def test_choice_is_set_by_glob_and_shown() -> None:
+    model = sarac.transform(llama())
+    assert asked(model) == {AUTO}
+    found = sarac.schedule(model, {"*": "right", "*mlp*": "left", "*.down_proj.weight": "auto"})
+    by_site = {one.site: one for one in found.sites}
+    assert by_site["model.layers.0.self_attn.q_proj.weight"].schedule == "right"
+    assert by_site["model.layers.1.mlp.up_proj.weight"].schedule == "left"
+    assert by_site["model.layers.1.mlp.down_proj.weight"].asked == "auto"
+    assert "model.layers.*.mlp.up_proj.weight" in str(found)
+    document = json.loads(found.to_json())
+    assert document["tokens"] == 8192
+    assert document["ratio"] > 1.0
+    assert not document["measured"]
+    assert "sarac tune" in str(found)
+    assert sarac.schedule(model).sites == found.sites  # looking changes nothing
+
+
+def test_what_cannot_be_is_a_sentence() -> None:
+    model = sarac.transform(llama(), "rank:2,train=factors")
+    with pytest.raises(sarac.PlanError, match=r"The schedule 'rigth' for '\*' is unknown. Near names: right"):
+        sarac.schedule(model, "rigth")
+    with pytest.raises(sarac.PlanError, match=r"The glob '\*.nothing' matches no adapted weight"):
+        sarac.schedule(model, {"*.nothing": "right"})
+    with pytest.raises(sarac.PlanError, match=r"q_proj.weight cannot run right: its factors train. Leave it auto."):
+        sarac.schedule(model, {"model.layers.0.self_attn.q_proj.weight": "right"})
+    with pytest.raises(sarac.RewriteError, match="carries no adapters"):
+        sarac.schedule(llama())
+    shown = sarac.schedule(model, "right")
+    assert {one.schedule for one in shown.sites} == {"two-sided"}
+    assert asked(model) == {PINNED}
+    assert "its factors train" in str(shown)
+
+
+def test_what_was_loaded_over_the_base_is_looked_at() -> None:
+    model, other = sarac.transform(mlp(6, 5), "rank:2"), sarac.transform(mlp(6, 5), "rank:2")
+    assert asked(model) == {AUTO}
+    model.load_state_dict({"0.weight": torch.randn(5, 6)}, strict=False)
+    assert asked(model) == {PINNED}
+    model.load_state_dict(other.state_dict())
+    assert asked(model) == {AUTO}
+
+
+def test_folding_leaves_nothing_of_it() -> None:
+    model = sarac.fold(set_to("right", sarac.transform(mlp(6, 5))))
+    assert asked(model) == set()
+
+
+def test_analysis_shows_the_choice() -> None:
+    analysis = sarac.analyze(llama())
+    found = analysis.schedules(4096)
+    assert [one.site for one in found.sites] == [site.name for site in analysis.sites]
+    assert {one.rank for one in found.sites} == set(analysis.ranks().values())
+    wide = {one.site: one.schedule for one in analysis.schedules(2).sites}
+    assert wide["model.layers.0.mlp.gate_proj.weight"] == "right"
+    assert wide["model.layers.0.mlp.down_proj.weight"] == "left"
+
+
+def test_tune_measures_and_keeps(kept: Path) -> None:
+    seen: list[str] = []
+    found = sarac.tune("cpu", dtypes=["float32"], check=False, progress=seen.append)
+    rates = found.rates["float32"]
+    assert 0 < rates.launch < 1e-2
+    assert [size for size, _ in rates.products] == sorted(size for size, _ in rates.products)
+    assert all(rate > 0 for _, rate in (*rates.rows, *rates.products))
+    assert seen
+    assert found.path == str(kept / "tune.json")
+    assert rates_of("cpu", "float32") == rates
+    assert sarac.schedule(sarac.transform(mlp(6, 5))).measured
+    with pytest.raises(sarac.InputError, match="There is no device mps here to measure"):
+        sarac.tune("mps")
+    with pytest.raises(sarac.InputError, match="they are for float32, bfloat16 and float64"):
+        sarac.tune("cpu", dtypes=["float16"])
+
+
+def test_command_line(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    monkeypatch.setattr("sarac.tuning._CALLS", {"cpu": [(8, 24, 16, 4)]})
+    monkeypatch.setattr("sarac.tuning.SIZES", (1, 16))
+    runner = CliRunner()
+    done = runner.invoke(app, ["tune", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert {one["schedule"] for one in document["compared"]} == {"right", "left", "materialised", "two-sided"}
+    assert all(one["predicted"] > 0 and one["measured"] > 0 for one in document["compared"])
+    assert "predicted / measured" in runner.invoke(app, ["tune"]).stdout
+    done = runner.invoke(app, ["analyze", "zoo:llama", "--tokens", "64", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["schedules"]["tokens"] == 64
+    done = runner.invoke(app, ["analyze", "zoo:llama", "--tokens", "64"])
+    assert "Calls of 64 tokens in float32 on cpu" in done.stdout
+    assert "schedules" not in json.loads(runner.invoke(app, ["analyze", "zoo:llama", "--json"]).stdout)
+
+
+def test_benchmark_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"floor", "peft lora r=8 narrow", "sara rank:32", "sara threshold:0.6 materialised", "mosara threshold:0.5 topk:2"}
+    chosen: dict[str, Any] = {name: make for name, make in train.ways(schedules=True).items() if name in names}
+    assert set(chosen) == names
+    rows = train.measure("llama", chosen, "cpu", tiny=True, eager=True)
+    assert [row["way"] for row in rows] == list(chosen)
+    assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["trains"] == 0 < rows[1]["trains"]
+    assert train.table(rows).row_count == len(names)
