@@ -16,7 +16,7 @@ from zoo import VOCABULARY, close, llama, mlp, outputs, shake
 import sarac
 from sarac.cli import app
 from sarac.ir.calls import AUTO, PINNED
-from sarac.ir.cost import rates_of
+from sarac.ir.cost import forget_rates, rates_of
 
 CHOICES = ("auto", "two-sided", "right", "left", "materialised", "plain")
 
@@ -25,9 +25,9 @@ CHOICES = ("auto", "two-sided", "right", "left", "materialised", "plain")
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of the test's own: rates that were measured elsewhere choose otherwise."""
     monkeypatch.setenv("SARAC_CACHE", str(tmp_path / "cache"))
-    rates_of.cache_clear()
+    forget_rates()
     yield tmp_path / "cache"
-    rates_of.cache_clear()
+    forget_rates()
 
 
 def asked(model: nn.Module) -> set[str]:

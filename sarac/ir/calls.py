@@ -4,17 +4,18 @@ Gradients by hand are for plain tensors of one dtype whose base is frozen. Every
 function transform, tensor subclasses, float16, where V x is taken in float32) computes the formula term by term.
 """
 
+import functools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.weak import WeakIdKeyDictionary
 
-from sarac.ir.cost import Call, device_name, rates_or_counts, schedule_at
+from sarac.ir.cost import schedule_at, steps
 from sarac.ir.routes import ROUTED
 from sarac.ir.schedules import SCHEDULES, lying
-from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score, without_autocast
+from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
 PINNED = "auto, two-sided"  # what auto comes to where the factors are no singular vectors
@@ -27,13 +28,13 @@ def shifted(
     op: str = "linear",
 ) -> Tensor:  # fmt: skip
     """W x + b + U ((δ ⊙ s) ⊙ V x), shape (…, out), from x (…, in), W as `base` takes it, U (out, k), V (k, in), s and δ (k,)."""
-    trains = shift.requires_grad or u.requires_grad or v.requires_grad
-    if schedule == PLAIN or not trains or not by_hand(x, weight, bias, u, v, scale, shift):
+    trained = u.requires_grad or v.requires_grad
+    dtype = running_dtype(x)
+    if schedule == PLAIN or not (shift.requires_grad or trained) or not by_hand(dtype, x, weight, bias, u, v, scale, shift):
         plain: Tensor = add(base(op, x, weight, bias), scaled(project(x, v), shift * scale), u)
         return plain
-    trained = u.requires_grad or v.requires_grad
-    name = TWO_SIDED if trained else _chosen(schedule, x, op, weight, u, v, scale, routes=False)
-    return _called(SCHEDULES[name], op, (x, weight, bias, u, v), scale, shift)
+    name = TWO_SIDED if trained else _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=False)
+    return _called(SCHEDULES[name], dtype, op, (x, weight, bias, u, v), scale, shift)
 
 
 @leaf
@@ -44,49 +45,53 @@ def routed(
     """W x + b + U ((g (δ ⊙ s)) ⊙ V x) with gates g of R V x, or of R R_in V x: as `shifted`, with δ (sets, k)."""
     tensors = (u, v, scale, shift, router, *(() if inward is None else (inward,)))
     served = (shift.requires_grad or router.requires_grad) and not (u.requires_grad or v.requires_grad)
-    if schedule == PLAIN or not served or observed() or not by_hand(x, weight, bias, *tensors):
+    dtype = running_dtype(x)
+    if schedule == PLAIN or not served or observed() or not by_hand(dtype, x, weight, bias, *tensors):
         h = project(x, v)
         scores = score(h if inward is None else score(h, inward), router)
         plain: Tensor = add(base(op, x, weight, bias), mix(h, gates_of(scores, kind), shift, scale), u)
         return plain
-    name = _chosen(schedule, x, op, weight, u, v, scale, routes=True)
-    return _called(ROUTED[name], op, (x, weight, bias, u, v), scale, shift, router, inward, kind)
+    name = _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=True)
+    return _called(ROUTED[name], dtype, op, (x, weight, bias, u, v), scale, shift, router, inward, kind)
 
 
 def _chosen(
-    schedule: str, x: Tensor, op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor, *, routes: bool
+    schedule: str, dtype: torch.dtype, x: Tensor, op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor, *, routes: bool
 ) -> str:  # fmt: skip
     if schedule == PINNED and torch.compiler.is_compiling():
         return TWO_SIDED
     if schedule in (AUTO, PINNED):
-        tokens, key = x.numel() // x.shape[-1], (str(running_dtype(x)), str(x.device), routes)
-        schedule = schedule_at(tokens, steps(u.shape[0], v.shape[1], v.shape[0], *key))
+        (out, rank), inner = u.shape, x.shape[-1]
+        schedule = schedule_at(x.numel() // inner, steps(out, inner, rank, dtype, x.device, routes))
     if schedule == TWO_SIDED or (routes and schedule not in ROUTED):
         return TWO_SIDED
     return schedule if torch.compiler.is_compiling() or still_singular(op, weight, u, v, scale) else TWO_SIDED
 
 
-def _called(function: Any, op: str, cast: tuple[Any, ...], *rest: Any) -> Tensor:
-    """The function's y, of tensors in the dtype that their product runs in."""
-    dtype = running_dtype(cast[0])
-    with without_autocast(cast[0]):
-        made = function.apply(op, *(one if one is None else one.to(dtype) for one in cast), *rest)
-    found: Tensor = made[0]
+def _called(function: Any, dtype: torch.dtype, op: str, given: tuple[Any, ...], *rest: Any) -> Tensor:
+    """The function's y; under autocast of x, W, b, U and V in the dtype that it runs in."""
+    found: Tensor
+    if not torch.is_autocast_enabled(given[0].device.type):
+        found = function.apply(op, *given, *rest)[0]
+        return found
+    with torch.autocast(given[0].device.type, enabled=False):
+        found = function.apply(op, *(one if one is None else one.to(dtype) for one in given), *rest)[0]
     return found
 
 
-def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether gradients written by hand serve this call; `tensors` starts with U and V."""
-    every = (x, weight, *tensors) if bias is None else (x, weight, bias, *tensors)
-    if not torch.is_grad_enabled() or weight.requires_grad or any(type(one) not in (Tensor, nn.Parameter) for one in every):
+def by_hand(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether gradients written by hand serve this call, which runs in this dtype; `tensors` starts with U and V."""
+    if not torch.is_grad_enabled() or weight.requires_grad or dtype not in _DTYPES:
         return False
-    if _transformed() or x.device.type == "meta" or x.ndim < 2 or x.is_nested or x.layout != torch.strided or x.numel() == 0:
+    for one in (x, weight, *tensors) if bias is None else (x, weight, bias, *tensors):
+        if type(one) not in _PLAIN:
+            return False
+    if _transformed() or x.is_meta or x.ndim < 2 or x.is_nested or x.layout != torch.strided or x.numel() == 0:
         return False
-    dtype, cast = running_dtype(x), torch.is_autocast_enabled(x.device.type)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64) or (cast and x.dtype == torch.float64):
-        return False
-    narrow = every[: len(every) - len(tensors) + 2]  # x, W, b, U and V
-    return cast or all(one.dtype == dtype for one in narrow)
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype != torch.float64
+    u, v = tensors[:2]
+    return weight.dtype == u.dtype == v.dtype == dtype and (bias is None or bias.dtype == dtype)
 
 
 def _transformed() -> bool:
@@ -100,19 +105,26 @@ def _transformed() -> bool:
 def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
     """Whether these still are singular vectors of the weight; looked at again only where one of them was written to."""
     owner = weight if weight._base is None else weight._base
-    key = (weight.storage_offset(), weight.shape, *(0 if one.is_inference() else one._version for one in (weight, u, v, scale)))
-    verdicts = _verdicts.setdefault(owner, {})
-    if key not in verdicts:
-        if len(verdicts) > _MOST:
-            verdicts.clear()
-        verdicts[key] = singular(lying(op, weight), u, v, scale)
-    found: bool = verdicts[key]
+    held = _verdicts.get(id(owner))
+    if held is None or held[0]() is not owner:
+        held = _verdicts[id(owner)] = (weakref.ref(owner, functools.partial(_drop, id(owner))), {})
+    versions = [0 if one.is_inference() else one._version for one in (weight, u, v, scale)]
+    key = (weight.storage_offset(), *versions)
+    found = held[1].get(key)
+    if found is None:
+        if len(held[1]) > _MOST:
+            held[1].clear()
+        found = held[1][key] = singular(lying(op, weight), u, v, scale)
     return found
 
 
 def forget(weight: Tensor) -> None:
     """Look again at a weight that was exchanged: a write by `.data` leaves no trace."""
-    _verdicts.pop(weight, None)
+    _verdicts.pop(id(weight), None)
+
+
+def _drop(owner: int, _: Any) -> None:
+    _verdicts.pop(owner, None)
 
 
 @torch.no_grad()
@@ -130,18 +142,7 @@ def singular(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
     return bool(torch.stack([(one - other).norm() <= limit * other.norm() for one, other in pairs]).all())
 
 
-def steps(out: int, inner: int, rank: int, dtype: str, device: str, routed: bool) -> tuple[tuple[int, str], ...]:
-    """The schedules by tokens for a weight on a device."""
-    key = (out, inner, rank, dtype, device, routed)
-    found = _steps.get(key)
-    if found is None:
-        name, size = dtype.removeprefix("torch."), getattr(torch, dtype.removeprefix("torch.")).itemsize
-        found = _steps[key] = Call(1, out, inner, rank, size, routed).steps(rates_or_counts(device_name(device), name))
-    return found
-
-
-# What torch.compiler.assume_constant_result does, without the import of the compiler (a second): dynamo calls it while it traces.
-steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_steps: dict[tuple[Any, ...], tuple[tuple[int, str], ...]] = {}
-_verdicts: Any = WeakIdKeyDictionary()  # by the tensor that holds the weight
-_MOST = 64  # verdicts on one such tensor
+_DTYPES = {torch.float32, torch.bfloat16, torch.float64}
+_PLAIN = {Tensor, nn.Parameter}
+_MOST = 64  # verdicts on the views of one tensor
+_verdicts: dict[int, tuple[Any, dict[tuple[Any, ...], bool]]] = {}  # by the id of the tensor that holds the weight

@@ -152,6 +152,21 @@ def read_rates(table: Mapping[str, Any]) -> Rates:
     return Rates(float(table["launch"]), float(table["bandwidth"]), rows, products)
 
 
+def steps(out: int, inner: int, rank: int, dtype: torch.dtype, device: torch.device, routed: bool) -> tuple[tuple[int, str], ...]:
+    """The schedules by tokens for a weight on a device, from the rates that there are."""
+    key = (out, inner, rank, dtype, device, routed)
+    found = _steps.get(key)
+    if found is None:
+        rates = rates_or_counts(device_name(device), str(dtype).removeprefix("torch."))
+        found = _steps[key] = Call(1, out, inner, rank, dtype.itemsize, routed).steps(rates)
+    return found
+
+
+# What torch.compiler.assume_constant_result does, without the import of the compiler (a second): dynamo calls it while it traces.
+steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_steps: dict[tuple[Any, ...], tuple[tuple[int, str], ...]] = {}
+
+
 def keep_rates(folder: Path, device: str, tables: Mapping[str, Rates]) -> Path:
     """Write the rates of a device by dtype beside those of others, for later processes too; the file."""
     path = folder / MEASURED
@@ -161,8 +176,14 @@ def keep_rates(folder: Path, device: str, tables: Mapping[str, Rates]) -> Path:
     aside = path.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps(known, indent=1), encoding="utf-8")
     aside.replace(path)
-    rates_of.cache_clear()
+    forget_rates()
     return path
+
+
+def forget_rates() -> None:
+    """Read the rates anew when they are asked for next."""
+    rates_of.cache_clear()
+    _steps.clear()
 
 
 def _tables() -> dict[str, Any]:

@@ -40,7 +40,7 @@ SHAPES = {
     "llama8b": (32, 4096, 14336, 32, 8, 128256, 2),
     "smollm2": (30, 576, 1536, 9, 3, 49152, 8),
 }
-TINY = (2, 64, 176, 4, 2, 100, 2)
+TINY = (2, 256, 704, 4, 2, 100, 2)
 
 
 def base(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> nn.Module:

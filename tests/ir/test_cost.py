@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sarac.ir.cost import LARGEST, NAMES, Call, Rates, keep_rates, rates_of, rates_or_counts, schedule_at
+from sarac.ir.cost import LARGEST, NAMES, Call, Rates, forget_rates, keep_rates, rates_of, rates_or_counts, schedule_at
 from sarac.ir.errors import SaracError
 
 FAST = Rates(0.0, math.inf, ((1, 1e12),), ((1, 1e12),))  # operations alone, as where nothing was measured
@@ -64,7 +64,7 @@ def test_launches_and_bytes_count() -> None:
 
 def test_rates_are_kept_by_device_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SARAC_CACHE", str(tmp_path))
-    rates_of.cache_clear()
+    forget_rates()
     assert rates_of("a device", "float32") is None
     assert rates_or_counts("a device", "float32") == FAST
     one, other = Rates(1e-6, 1e11, ((1, 1e9), (64, 1e12)), ((8, 2e9),)), Rates(2e-6, 1e11, ((1, 1e9),), ((8, 2e9),))
@@ -73,13 +73,13 @@ def test_rates_are_kept_by_device_and_dtype(tmp_path: Path, monkeypatch: pytest.
     assert (rates_of("a device", "float32"), rates_of("a device", "bfloat16")) == (one, other)
     assert rates_of("another", "float32") is None
     (tmp_path / "tune.json").write_text("{")
-    rates_of.cache_clear()
+    forget_rates()
     with pytest.raises(SaracError, match="delete it, then run `sarac tune`"):
         rates_of("a device", "float32")
     monkeypatch.setenv("SARAC_CACHE", "off")
-    rates_of.cache_clear()
+    forget_rates()
     assert rates_of("a device", "float32") is None
-    rates_of.cache_clear()
+    forget_rates()
 
 
 def test_rate_between_two_is_between_them() -> None:

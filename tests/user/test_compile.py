@@ -1,12 +1,15 @@
 """torch.compile and torch.export of adapted models: whole graphs, and no recompilation while the adapters train."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers.pytorch_utils import Conv1D
 from user.methods import METHODS, adapted, base, batch
 from zoo import close, differ, gpt2, llama, outputs, shake
@@ -55,6 +58,52 @@ SITES: dict[str, Callable[[], nn.Module]] = {"Linear": lambda: nn.Linear(6, 5), 
 def test_site_compiles_once_for_all_steps(method: str, site: str) -> None:
     model, x = shake(sarac.transform(SITES[site](), **METHODS[method])), torch.randn(3, 6)
     require_one_graph(model, lambda m: m(x))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("schedule", ["two-sided", "right", "left", "materialised", "plain"])
+@pytest.mark.parametrize("method", ["sara", "mosara"])
+def test_every_schedule_compiles_once_for_all_steps(method: str, schedule: str, site: str) -> None:
+    model, x = shake(sarac.transform(SITES[site](), **METHODS[method])), torch.randn(3, 6)
+    sarac.schedule(model, schedule)
+    require_one_graph(model, lambda m: m(x))
+
+
+def products(schedule: str, tokens: int = 64, out: int = 24, inner: int = 16, rank: int = 4) -> int:
+    """The operations of the compiled products of a forward and backward, all gradients taken."""
+    model, x = sarac.transform(nn.Linear(inner, out), f"rank:{rank}"), torch.randn(tokens, inner, requires_grad=True)
+    sarac.schedule(model, schedule)
+    counts: list[int] = []
+
+    def count(graph: fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mv.default):
+                left, right = (one.meta["val"].shape for one in node.args[-2:])
+                counts.append(2 * math.prod(left) * (right[1] if len(right) > 1 else 1))
+        return make_boxed_func(graph.forward)
+
+    fast = torch.compile(model, backend=aot_autograd(fw_compiler=count, bw_compiler=count), fullgraph=True)
+    fast(x).sum().backward()
+    return sum(counts)
+
+
+def test_compiled_products_are_those_of_the_schedule_and_no_more() -> None:
+    t, m, n, k = 64, 24, 16, 4
+    frozen = 4 * t * m * n
+    near = 2 * m * n * k + 2 * t * m * k  # of directions that a materialised call takes the long way: here all
+    assert products("two-sided") == frozen + 4 * t * k * (m + n)
+    assert products("right") == frozen + 8 * t * k * n
+    assert products("left") == frozen + 8 * t * k * m + 2 * m * k  # the last takes the bias off a projection
+    assert products("materialised") == frozen + 4 * t * k * n + 2 * k * m * n + near
+
+
+def test_tokens_that_change_compile_once_a_range() -> None:
+    model = shake(sarac.transform(nn.Linear(24, 16), "rank:4"))
+    fast, counter = compiled(model)
+    for tokens in (3, 5, 7, 11, 13):
+        x = torch.randn(tokens, 24)
+        close(fast(x), model(x))
+    assert counter.frame_count == 2  # the first, and one for all numbers
 
 
 @pytest.mark.parametrize("method", ["sara", "mosara"])
