@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from sarac.ir import fused
 from sarac.ir.schedules import Made, Some, again, gradients, keep, plus, rows, saved
 from sarac.ir.terms import base, gates_of
 
@@ -25,9 +26,8 @@ class RoutedTwoSided(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift, router, inward, ctx.kind = given
         h, y = rows(x) @ v.mT, base(op, x, weight, bias)
-        scores = _scores(h, router, inward)
+        mixed, scores = _mixed(h, router, inward, shift * scale, ctx.kind)
         keep(ctx, op, x, weight, u, v, scale, shift, router, inward, h, scores)
-        mixed = _mixed(h, gates_of(scores, ctx.kind), shift * scale)
         return torch.addmm(rows(y), mixed, u.mT).view(y.shape), h
 
     @staticmethod
@@ -52,9 +52,9 @@ class RoutedRight(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, _, v, _, shift, router, inward, ctx.kind = given
         h = rows(x) @ v.mT
-        scores = _scores(h, router, inward)
+        mixed, scores = _mixed(h, router, inward, shift, ctx.kind)
         keep(ctx, op, x, weight, v, shift, router, inward, h, scores)
-        moved = torch.addmm(rows(x), _mixed(h, gates_of(scores, ctx.kind), shift), v)
+        moved = torch.addmm(rows(x), mixed, v)
         return base(op, moved.view(x.shape), weight, bias), h
 
     @staticmethod
@@ -92,12 +92,20 @@ def _scores(h: Tensor, router: Tensor, inward: Some) -> Tensor:
     return linear(seen if inward is None else linear(seen, inward), router)
 
 
-def _mixed(h: Tensor, gates: Tensor, shift: Tensor) -> Tensor:
-    return (h * (gates.to(shift.dtype) @ shift)).to(h.dtype)
+def _mixed(h: Tensor, router: Tensor, inward: Some, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """h ⊙ (g m), and the scores that g is of."""
+    found = fused.mixed(h, router, inward, shift, kind)
+    if found is None:
+        scores = _scores(h, router, inward)
+        found = (h * (gates_of(scores, kind).to(shift.dtype) @ shift)).to(h.dtype), scores
+    return found
 
 
 def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, inward: Some, kind: str) -> _Done:
     """The gradients behind (g m) ⊙ h: through h itself, through the shifts m, and through the gates g = softmax(R h)."""
+    done = fused.back(dmixed, h, scores, shift, router, inward, kind)
+    if done is not None:
+        return _Done(*done, None)
     if torch.is_grad_enabled():
         scores = _scores(h, router, inward)  # of which h and the router are to be seen again
     gates, soft = gates_of(scores, kind).to(shift.dtype), torch.softmax(scores, -1)

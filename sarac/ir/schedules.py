@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sarac.ir import fused
 from sarac.ir.terms import base
 
 EXACT = 16  # how many of the directions nearest to 1 + δ = 0 a materialised call takes the long way, where it cannot divide
 _LEAST = 1e-3  # what further ones are divided by at the least
+_PIECE = 1024  # rows
 
 Given = tuple[str, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]  # the operation, x, W, b, U, V, s, δ
 Made = tuple[Tensor, Tensor]  # y, h
@@ -173,8 +175,16 @@ def times(matrix: Tensor, values: Tensor) -> Tensor:
 
 
 def sums(g: Tensor, h: Tensor) -> Tensor:
-    """Σ g ⊙ h over the rows, in float32 at least."""
-    return (g * h).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+    """Σ g ⊙ h over the rows, in float32 at least; products that are rounded to bfloat16 first would lose half of the digits."""
+    if g.dtype != torch.bfloat16:
+        return (g * h).sum(0)
+    if differentiable() or torch.compiler.is_compiling():
+        return (g.float() * h.float()).sum(0)
+    found = fused.sums(g, h)
+    if found is None:  # piece by piece, so that nothing of all tokens is there in float32
+        pieces = zip(torch.split(g, _PIECE), torch.split(h, _PIECE), strict=True)
+        found = torch.stack([torch.mul(one, other.float()).sum(0) for one, other in pieces]).sum(0)
+    return found
 
 
 def keep(ctx: Any, op: str, x: Tensor, *tensors: Some) -> None:
