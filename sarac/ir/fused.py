@@ -21,10 +21,12 @@ def mixed(h: Tensor, router: Tensor, inward: Tensor | None, shift: Tensor, kind:
     if kernels is None:
         return None
     (tokens, rank), sets = h.shape, len(router)
-    done, scores = torch.empty_like(h), torch.empty(tokens, sets, device=h.device, dtype=torch.float32)
+    done, scores = h.new_empty(h.shape), torch.empty(tokens, sets, device=h.device, dtype=torch.float32)
     code, count = kernels.kind_of(kind)
     how = {"sets": sets, "padded": _padded(sets), "kind": code, "count": count, "rows": _ROWS, "width": _WIDTH}
-    kernels.forward[(-(-tokens // _ROWS),)](h, router.contiguous(), shift.contiguous(), done, scores, tokens, rank, **how)
+    kernels.forward[(-(-tokens // _ROWS),)](
+        h, router.contiguous(), shift.contiguous(), done, scores, tokens, rank, h.stride(0), **how
+    )
     return done, scores
 
 
@@ -37,30 +39,30 @@ def back(
     if kernels is None:
         return None
     (tokens, rank), sets, blocks = h.shape, len(router), -(-len(h) // _ROWS)
-    dh, shares = torch.empty_like(h), torch.empty(2, blocks, sets, rank, device=h.device, dtype=torch.float32)
+    dh, shares = h.new_empty(h.shape), torch.empty(2, blocks, sets, rank, device=h.device, dtype=torch.float32)
     code, count = kernels.kind_of(kind)
     how = {"sets": sets, "padded": _padded(sets), "kind": code, "count": count, "rows": _ROWS, "width": _WIDTH}
     given = (dmixed.contiguous(), h, scores, router.contiguous(), shift.contiguous())
-    kernels.backward[(blocks,)](*given, dh, shares[0], shares[1], tokens, rank, **how)
+    kernels.backward[(blocks,)](*given, dh, shares[0], shares[1], tokens, rank, h.stride(0), **how)
     dshift, drouter = shares.sum(1)
     return dh, dshift, drouter
 
 
 def sums(g: Tensor, h: Tensor) -> Tensor | None:
     """Σ g ⊙ h over the rows (tokens, k) of both, in float32."""
-    fits = g.dtype == h.dtype == torch.bfloat16 and not torch.is_grad_enabled() and g.is_contiguous() and h.is_contiguous()
+    fits = g.dtype == h.dtype == torch.bfloat16 and not torch.is_grad_enabled() and g.is_contiguous() and h.stride(1) == 1
     kernels = _kernels(h) if fits else None
     if kernels is None:
         return None
     tokens, rank = h.shape
     pieces = -(-tokens // _LENGTH)
     out = torch.empty(pieces, rank, device=h.device, dtype=torch.float32)
-    kernels.sums[(pieces, -(-rank // _WIDTH))](g, h, out, tokens, rank, length=_LENGTH, rows=_ROWS, width=_WIDTH)
+    kernels.sums[(pieces, -(-rank // _WIDTH))](g, h, out, tokens, rank, h.stride(0), length=_LENGTH, rows=_ROWS, width=_WIDTH)
     return out.sum(0)
 
 
 def _fits(h: Tensor, router: Tensor, shift: Tensor) -> bool:
-    narrow = h.dtype in (torch.float32, torch.bfloat16) and h.is_contiguous()
+    narrow = h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
     return narrow and router.dtype == shift.dtype == torch.float32 and len(router) <= _SETS
 
 

@@ -41,7 +41,7 @@ def _column(matrix, lane: tl.constexpr, padded: tl.constexpr):
 
 @triton.jit
 def forward(
-    h, router, shift, mixed, scores, tokens, rank,
+    h, router, shift, mixed, scores, tokens, rank, pitch,
     sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr, count: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """mixed = h ⊙ (g m) and the scores R h, from h (tokens, rank), R and m (sets, rank)."""
@@ -52,7 +52,7 @@ def forward(
     for start in range(0, rank, width):
         column = start + tl.arange(0, width)
         block = inside[:, None] & (column < rank)[None, :]
-        x = tl.load(h + row.to(tl.int64)[:, None] * rank + column[None, :], block, 0.0).to(tl.float32)
+        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + column[None, :], block, 0.0).to(tl.float32)
         for one in tl.static_range(sets):
             r = tl.load(router + one * rank + column, column < rank, 0.0)
             found += tl.where(lanes == one, tl.sum(x * r[None, :], 1)[:, None], 0.0)
@@ -62,7 +62,7 @@ def forward(
         column = start + tl.arange(0, width)
         block = inside[:, None] & (column < rank)[None, :]
         place = row.to(tl.int64)[:, None] * rank + column[None, :]
-        x = tl.load(h + place, block, 0.0).to(tl.float32)
+        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + column[None, :], block, 0.0).to(tl.float32)
         values = tl.zeros((rows, width), tl.float32)
         for one in tl.static_range(sets):
             m = tl.load(shift + one * rank + column, column < rank, 0.0)
@@ -72,13 +72,12 @@ def forward(
 
 @triton.jit
 def backward(
-    dmixed, h, scores, router, shift, dh, dshift, drouter, tokens, rank,
+    dmixed, h, scores, router, shift, dh, dshift, drouter, tokens, rank, pitch,
     sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr, count: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """dh, and of every block of tokens its share of the gradients of m and R, (blocks, sets, rank) each."""
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    inside = row < tokens
-    lanes = tl.arange(0, padded)[None, :]
+    inside, lanes = row < tokens, tl.arange(0, padded)[None, :]
     known = tl.load(scores + row.to(tl.int64)[:, None] * sets + lanes, inside[:, None] & (lanes < sets), 0.0)
     soft, gates = _gates(known, sets, padded, kind, count)
     dgates = tl.zeros((rows, padded), tl.float32)
@@ -86,7 +85,8 @@ def backward(
         column = start + tl.arange(0, width)
         block = inside[:, None] & (column < rank)[None, :]
         place = row.to(tl.int64)[:, None] * rank + column[None, :]
-        x = tl.load(h + place, block, 0.0).to(tl.float32) * tl.load(dmixed + place, block, 0.0).to(tl.float32)
+        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + column[None, :], block, 0.0).to(tl.float32)
+        x *= tl.load(dmixed + place, block, 0.0).to(tl.float32)
         for one in tl.static_range(sets):
             m = tl.load(shift + one * rank + column, column < rank, 0.0)
             dgates += tl.where(lanes == one, tl.sum(x * m[None, :], 1)[:, None], 0.0)
@@ -98,7 +98,7 @@ def backward(
         column = start + tl.arange(0, width)
         block = inside[:, None] & (column < rank)[None, :]
         place = row.to(tl.int64)[:, None] * rank + column[None, :]
-        x = tl.load(h + place, block, 0.0).to(tl.float32)
+        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + column[None, :], block, 0.0).to(tl.float32)
         dx = tl.load(dmixed + place, block, 0.0).to(tl.float32)
         through = tl.zeros((rows, width), tl.float32)
         values = tl.zeros((rows, width), tl.float32)
@@ -115,7 +115,7 @@ def backward(
 
 @triton.jit
 def sums(
-    g, h, out, tokens, rank, length: tl.constexpr, rows: tl.constexpr, width: tl.constexpr
+    g, h, out, tokens, rank, pitch, length: tl.constexpr, rows: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """Σ g ⊙ h over pieces of `length` tokens, (pieces, rank), in float32."""
     column = tl.program_id(1) * width + tl.arange(0, width)
@@ -124,8 +124,8 @@ def sums(
         row = tl.program_id(0).to(tl.int64) * length + start + tl.arange(0, rows)
         block = (row < tokens)[:, None] & (column < rank)[None, :]
         place = row[:, None] * rank + column[None, :]
-        x = tl.load(g + place, block, 0.0).to(tl.float32) * tl.load(h + place, block, 0.0).to(tl.float32)
-        total += tl.sum(x, 0)
+        x = tl.load(h + row[:, None] * pitch + column[None, :], block, 0.0).to(tl.float32)
+        total += tl.sum(x * tl.load(g + place, block, 0.0).to(tl.float32), 0)
     tl.store(out + tl.program_id(0) * rank + column, total, column < rank)
 
 

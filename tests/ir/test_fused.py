@@ -31,7 +31,7 @@ def test_routing_is_torchs(
 ) -> None:
     if kind == "topk:2" and sets < 2:
         pytest.skip("there is but one set")
-    h, dmixed = random(tokens, rank, dtype=dtype), random(tokens, rank, dtype=dtype).flip(0)
+    h, dmixed = random(tokens, rank + 3, dtype=dtype)[:, 1 : rank + 1], random(tokens, rank, dtype=dtype).flip(0)
     router, shift = random(sets, rank) / rank**0.5, random(sets, rank).flip(1)
     found = fused.mixed(h, router, None, shift, kind)
     assert found is not None
@@ -53,7 +53,7 @@ def test_routing_is_torchs(
 @torch.no_grad()
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (513, 130), (2048, 614)])
 def test_sums_are_in_float32(tokens: int, rank: int) -> None:
-    g, h = random(tokens, rank, dtype=torch.bfloat16), random(tokens, rank, dtype=torch.bfloat16).flip(0)
+    g, h = random(tokens, rank, dtype=torch.bfloat16), random(tokens, rank + 2, dtype=torch.bfloat16)[:, 1 : rank + 1]
     found = fused.sums(g, h)
     assert found is not None
     assert found.dtype == torch.float32
