@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 
 from sarac.ir import fused
 from sarac.ir.schedules import Made, Some, again, gradients, keep, plus, rows, saved
-from sarac.ir.siblings import projected
 from sarac.ir.terms import base, gates_of
 
 # the operation, x, W, b, U, V, s, δ (sets, k), R (sets, k) or (sets, width), R_in (width, k), the kind of router
@@ -26,7 +25,7 @@ class RoutedTwoSided(torch.autograd.Function):
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift, router, inward, ctx.kind = given
-        h, y = projected(x, v), base(op, x, weight, bias)
+        h, y = rows(x) @ v.mT, base(op, x, weight, bias)
         mixed, scores = _mixed(h, router, inward, shift * scale, ctx.kind)
         keep(ctx, op, x, weight, u, v, scale, shift, router, inward, h, scores)
         return torch.addmm(rows(y), mixed, u.mT).view(y.shape), h
@@ -52,7 +51,7 @@ class RoutedRight(torch.autograd.Function):
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
         op, x, weight, bias, _, v, _, shift, router, inward, ctx.kind = given
-        h = projected(x, v)
+        h = rows(x) @ v.mT
         mixed, scores = _mixed(h, router, inward, shift, ctx.kind)
         keep(ctx, op, x, weight, v, shift, router, inward, h, scores)
         moved = torch.addmm(rows(x), mixed, v)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sarac.ir import fused
-from sarac.ir.siblings import projected
 from sarac.ir.terms import base
 
 EXACT = 16  # how many of the directions nearest to 1 + δ = 0 a materialised call takes the long way, where it cannot divide
@@ -34,7 +33,7 @@ class TwoSided(torch.autograd.Function):
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift = given
-        h, y = projected(x, v), base(op, x, weight, bias)
+        h, y = rows(x) @ v.mT, base(op, x, weight, bias)
         factors = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         keep(ctx, op, x, x if factors else None, weight, u, v, scale, shift, h)
         return torch.addmm(rows(y), h, times(u.mT, shift * scale)).view(y.shape), h
@@ -66,7 +65,7 @@ class Right(torch.autograd.Function):
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
         op, x, weight, bias, _, v, _, shift = given
-        h = projected(x, v)
+        h = rows(x) @ v.mT
         keep(ctx, op, x, weight, v, shift, h)
         return base(op, torch.addmm(rows(x), h, times(v, shift)).view(x.shape), weight, bias), h
 
@@ -125,7 +124,7 @@ class Materialised(torch.autograd.Function):
         made = _made(plain, u, v, scale, shift)
         y = base(op, x, lying(op, made), bias)
         if _tall(plain):
-            h = projected(x, v)
+            h = rows(x) @ v.mT
         else:
             near = _nearest(shift)
             h = _unbiased(rows(y), bias, _divided(u.mT, shift).mT)
