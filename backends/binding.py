@@ -48,6 +48,11 @@ class Port:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 
 
+def as_tensor(value: Any) -> Any:
+    """An array as a tensor over its memory; anything else as it is."""
+    return torch.as_tensor(value) if hasattr(value, "__array__") and not isinstance(value, Tensor) else value
+
+
 def ports(session: Any, device: torch.device) -> tuple[dict[str, Port], dict[str, Port]]:
     """The inputs and the outputs of a session's graph by name."""
     inputs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
@@ -76,15 +81,25 @@ def taken(port: Port, value: Any) -> Tensor:
     return tensor.view(torch.bool) if port.dtype == torch.bool else tensor  # DLPack has bools as bytes
 
 
+def require_fitting(graph: str, takes: str, port: Port, tensor: Tensor) -> None:
+    """InputError for a tensor of another dtype, or with more or fewer sizes, than an input of the graph has."""
+    if tensor.dtype == port.dtype and tensor.dim() == len(port.shape):
+        return
+    do = "give it in such a shape" if tensor.dim() != len(port.shape) else f"convert it, for example with .to({port.dtype})"
+    raise InputError(f"{graph} takes {takes}, and {port.name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}: {do}.")
+
+
 def require_buffers(
     graph: str,
     device: torch.device,
-    out: Mapping[str, Tensor],
+    out: Any,
     values: Mapping[str, Tensor],
     inputs: Mapping[str, Port],
     outputs: Mapping[str, Port],
 ) -> None:
     """InputError for a buffer in `out` that its output does not fit into, as far as a graph of that name tells."""
+    if not isinstance(out, Mapping):
+        raise InputError(f"`out` holds a tensor for each output by its name, as in out={{{next(iter(outputs))!r}: buffer}}.")
     sizes = {size: n for name, port in inputs.items() for size, n in zip(port.shape, values[name].shape, strict=True)}
     for name, buffer in out.items():
         if name not in outputs:

@@ -46,7 +46,7 @@ def captured(model: nn.Module, inputs: Inputs, opset: int, free: Sizes | None) -
             shapes = free or None
             config = OnnxConfig(dynamic=free is not None, dynamic_shapes=shapes, opset_version=opset, optimize=False)
             program: onnx_ir.Model = OnnxExporter().export(model, given, config).program  # type: ignore[no-untyped-call]
-            return program
+            return _called(program, free or {})
         bound = dict(signature.bind(*args, **kwargs).arguments)
         found = torch.onnx.export(
             model,
@@ -57,26 +57,43 @@ def captured(model: nn.Module, inputs: Inputs, opset: int, free: Sizes | None) -
             dynamic_shapes=free or (free if free is None else pytree.tree_map(_free, bound)),
             optimize=False,
         )
-        return _named(found.model, inputs, model)
+        return _called(_named(found.model, inputs, model), free or {})
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} cannot be exported to ONNX: {_cause(error)} It was captured on ({inputs.describe()}): "
-            "look for Python that depends on tensor values, or for inputs beyond tensors, and export a module without."
+            f"{_advice(free or {})}"
         ) from error
+
+
+def _advice(free: Sizes) -> str:
+    fixed = ", ".join(name for name, axes in free.items() if axes is None)
+    if fixed:
+        return f"`dynamic` names no sizes of {fixed}, which are fixed so: name them as well."
+    return "look for Python that depends on tensor values, or for inputs beyond tensors, and export a module without."
 
 
 def named_sizes(text: str, model: nn.Module, inputs: Inputs) -> Sizes:
     """Free sizes from text such as "x[batch,length,8] mask[batch,length]": words are free, and equal ones are one size."""
+    text = str(text)
     bound = dict(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
     given = {name: sizes.split(",") for name, sizes in _SIZES.findall(text)}
     if not given or _SIZES.sub("", text).strip(" ,;"):
         raise ExportError(f'dynamic={text!r} is not understood: write "auto", "static", or sizes as in "x[batch,length,8]".')
-    sizes: Sizes = {}
+    free = {word.strip() for words in given.values() for word in words if not word.strip().isdigit()}
+    odd = next((word for word in free if not word.isidentifier()), None)
+    if odd is not None:
+        raise ExportError(f"dynamic={text!r} has the size {odd!r}: a free size is a word, such as batch; another is its number.")
+    dims, sizes = {word: torch.export.Dim(word) for word in free}, Sizes()
     for name, value in bound.items():
         axes = [word.strip() for word in given.pop(name, [])]
         if axes and (not isinstance(value, Tensor) or len(axes) != value.dim()):
             raise ExportError(f"dynamic names {len(axes)} sizes of {name}, which is {getattr(value, 'shape', type(value))}.")
-        sizes[name] = {axis: torch.export.Dim(word) for axis, word in enumerate(axes) if not word.isdigit()} or None
+        for axis, word in enumerate(axes):
+            if word.isdigit() and int(word) != value.shape[axis]:
+                raise ExportError(f"dynamic has {word} for size {axis} of {name}, which is {value.shape[axis]} there.")
+        sizes[name] = {axis: dims[word] for axis, word in enumerate(axes) if word in dims} or None
     if given:
         raise ExportError(f"dynamic names {next(iter(given))!r}, which is no input. {near(next(iter(given)), bound)}")
     return sizes
@@ -129,6 +146,25 @@ def _free(value: Any) -> dict[int, Any] | None:
 
     sizes = auto(value) if isinstance(value, Tensor) else None
     return sizes and {axis: size for axis, size in sizes.items() if value.shape[axis] != 1}
+
+
+def _called(program: onnx_ir.Model, free: Sizes) -> onnx_ir.Model:
+    """The graph with its free sizes called as they were asked for; ExportError for one that the model fixes."""
+    words: dict[Any, str] = {}
+    for value in program.graph.inputs:
+        for axis, dim in (free.get(str(value.name)) or {}).items():
+            found = value.shape[axis] if value.shape is not None else None
+            if isinstance(found, int):
+                raise ExportError(
+                    f"dynamic has the free size {dim.__name__!r} of {value.name}, which the model fixes at {found}: write that."
+                )
+            words[getattr(found, "value", None)] = dim.__name__
+    every = (*program.graph.inputs, *program.graph.outputs, *(out for node in program.graph.all_nodes() for out in node.outputs))
+    for value in every if words else ():
+        for axis, found in enumerate(value.shape or ()):
+            if value.shape is not None and not isinstance(found, int) and found.value in words:
+                value.shape[axis] = words[found.value]
+    return program
 
 
 def _named(program: onnx_ir.Model, inputs: Inputs, model: nn.Module) -> onnx_ir.Model:

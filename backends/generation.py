@@ -145,14 +145,33 @@ class Generator:
             bind(binding.bind_input, self._inputs[name], tensor)
             bind(binding.bind_output, self._outputs[name.replace("past_key_values", "present")], tensor)
 
+    @property
+    def words(self) -> int:
+        """How many tokens the model knows."""
+        return int(self._outputs["logits"].shape[2])
+
     def _mask_dtype(self) -> torch.dtype:
         return next(port.dtype for name, port in self._inputs.items() if name in self._steps.windows)
 
 
-def require(ids: Tensor, seen: Tensor, count: int) -> None:
-    """Raise InputError for what cannot be gone on with: no token, padding behind a text, a mask of another shape."""
-    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+def token_ids(given: Any) -> Tensor:
+    """Token ids, of any whole dtype or as lists, as a graph takes them: int64 of shape (rows, columns); else InputError."""
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"input_ids are token ids of shape (rows, columns), and not a {type(given).__name__}: {error}"
+        ) from error
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"input_ids are token ids of shape (rows, columns), and not {ids.dtype} of shape {tuple(ids.shape)}.")
+    return ids.to(torch.int64)
+
+
+def require(ids: Tensor, seen: Tensor, count: int, words: int) -> None:
+    """Raise InputError for what cannot be gone on with: no such token, padding behind a text, a mask of another shape."""
+    low, high = (int(one) for one in ids.aminmax())
+    if low < 0 or high >= words:
+        raise InputError(f"input_ids has the id {low if low < 0 else high}, and the model's {words} tokens are 0 to {words - 1}.")
     if seen.shape != ids.shape or not bool(seen[:, -1].all()):
         raise InputError(
             "The attention mask is of the ids' shape, and ones in its last column: pad prompts on their left, where no text "
@@ -164,6 +183,13 @@ def require(ids: Tensor, seen: Tensor, count: int) -> None:
 
 def chooser(do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None) -> Choose:
     """The likeliest token, or one that is drawn, as transformers' own processors of logits shape the chances."""
+    for name, value, holds, rule in (
+        ("temperature", temperature, temperature > 0.0, "above 0 (do_sample=False takes the likeliest token)"),
+        ("top_k", top_k, top_k >= 0, "at least 1, or 0 for all"),
+        ("top_p", top_p, 0.0 < top_p <= 1.0, "above 0 and at most 1"),
+    ):
+        if not holds:
+            raise InputError(f"{name}={value} is not possible: it is {rule}.")
     if not do_sample:
         return lambda _, logits: logits.argmax(-1)
     from transformers.generation import logits_process as shaping  # seconds to import: only who draws waits

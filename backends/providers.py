@@ -17,6 +17,8 @@ import onnx
 import onnxruntime
 import torch
 
+from sarac.ir.errors import ExportError
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _WARNING, _QUIET = 2, 4  # fatal alone: what goes wrong is raised, and would else stand on stderr as well
@@ -55,11 +57,18 @@ def remedy(built: bool) -> str:
     return install if built else f"{other}{install.replace('install', 'install --force-reinstall', 1)}"
 
 
+def require(provider: str) -> None:
+    """ExportError for a provider by its short name that is none, or whose libraries are not here: before the work, not after."""
+    if provider not in PROVIDERS:
+        raise ExportError(f"There is no provider {provider!r}: give one of {', '.join(PROVIDERS)}.")
+    if missing := unloadable(PROVIDERS[provider]):
+        raise ExportError(f"ONNX Runtime cannot run on {provider} here: {missing} {_bring(PROVIDERS[provider])}")
+
+
 def started(model: str | bytes, provider: str, options: Mapping[str, str] | None = None, threads: int | None = None) -> Start:
     """A session on this very provider with its options, on `threads` CPU threads (as many as torch has)."""
     if missing := unloadable(provider):
-        command = remedy(provider in onnxruntime.get_available_providers())
-        return Start(None, missing, f"What it needs comes with `{command}`; `sarac doctor` shows what else is missing.")
+        return Start(None, missing, _bring(provider))
     settings, beside = onnxruntime.SessionOptions(), provider != PROVIDERS["cpu"]
     settings.log_severity_level = _WARNING if beside else _QUIET  # a warning alone tells how many copies were put in
     settings.intra_op_num_threads = threads or torch.get_num_threads()  # the cores that torch was given, and no more
@@ -91,6 +100,11 @@ def unloadable(provider: str) -> str:
     except (OSError, RuntimeError) as error:
         return reason(error)
     return ""
+
+
+def _bring(provider: str) -> str:
+    command = remedy(provider in onnxruntime.get_available_providers())
+    return f"What it needs comes with `{command}`; `sarac doctor` shows what else is missing."
 
 
 def reason(error: Exception) -> str:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sarac.backends import onnx_file
-from sarac.backends.binding import Lane, adjustable, bind, ports, require_buffers, taken
+from sarac.backends.binding import Lane, adjustable, as_tensor, bind, ports, require_buffers, require_fitting, taken
 from sarac.backends.decoding import Steps
-from sarac.backends.generation import Generator, chooser, require
+from sarac.backends.generation import Generator, chooser, require, token_ids
 from sarac.backends.graphs import NONE, OFTEN, Graphs, Uncapturable, settings
 from sarac.backends.pairing import dotted
 from sarac.backends.placement import placement
@@ -87,7 +87,7 @@ class Runtime:
         for is written into it. `adapter`: one of `adapters` by name, one for each row of a batch, or None for the base;
         without it, what `use` chose. InputError where inputs, buffers or adapters do not fit the graph.
         """
-        return self._launch(Inputs(args, kwargs), out or {}, self.adapters.active if adapter is ... else adapter)
+        return self._launch(Inputs(args, kwargs), out, self.adapters.active if adapter is ... else adapter)
 
     def use(self, adapter: Chosen) -> None:
         """Choose the adapter of the runs to come, or one for each of their rows, or None for the base."""
@@ -96,7 +96,7 @@ class Runtime:
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int = 20,
         *,
         attention_mask: Tensor | None = None,
@@ -113,15 +113,16 @@ class Runtime:
         For a file that was exported with task="generate", else InputError. It ends where every row has ended, by the model's
         own end tokens or the given ones. One text at a time: calls wait for each other.
         """
-        generator, ids = self.generator, input_ids.to(self.device)
-        seen = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+        generator, given = self.generator, token_ids(input_ids)
+        ids = given.to(self.device)
+        seen = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).to(ids)
         chosen = self.adapters.active if adapter is ... else adapter
-        require(ids, seen, max_new_tokens)
+        require(ids, seen, max_new_tokens, generator.words)
         self.adapters.require(chosen, len(ids))
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         with self.adapters.lock:
             choose = chooser(do_sample, temperature, top_k, top_p, seed)
-            return generator(ids, seen, max_new_tokens, ends, choose, chosen).to(input_ids.device)
+            return generator(ids, seen, max_new_tokens, ends, choose, chosen).to(given.device)
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -143,8 +144,8 @@ class Runtime:
     def feed(self, inputs: Inputs) -> dict[str, Tensor]:
         """The tensors of `inputs` by the names of the graph's inputs: keywords by name, arguments by position.
 
-        Values that are no tensors are constants in the graph. A tensor that the graph has no input for is left out
-        with a warning; one that is missing, or has another dtype, is an InputError.
+        Values that are no tensors are constants in the graph. A tensor that the graph has no input for is left out with a
+        warning; one that is missing, or has another dtype, is an InputError.
         """
         named = {name: self._converted(name, tensor) for name, tensor in self._named(inputs)}
         missing = [name for name in self.shapes if name not in named]
@@ -156,12 +157,8 @@ class Runtime:
             )
         if strangers:
             warnings.warn(f"{self.path.name} was captured without {', '.join(strangers)}: left out here.", stacklevel=4)
-        for name, shape in self.shapes.items():
-            if named[name].dtype != self.dtypes[name] or named[name].dim() != len(shape):
-                raise InputError(
-                    f"{self.path.name} takes {self.describe()}, and {name!r} is {named[name].dtype} of shape "
-                    f"{tuple(named[name].shape)}: convert it, for example with .to({self.dtypes[name]})."
-                )
+        for name, port in self._inputs.items():
+            require_fitting(self.path.name, self.describe(), port, named[name])
         return {name: named[name] for name in self.shapes}
 
     def describe(self) -> str:
@@ -178,7 +175,8 @@ class Runtime:
             f"sarac.Runtime({str(self.path)!r}, provider={self.provider!r}) where it is needed."
         )
 
-    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor], adapter: Chosen) -> dict[str, Tensor]:
+    def _launch(self, inputs: Inputs, out: Mapping[str, Tensor] | None, adapter: Chosen) -> dict[str, Tensor]:
+        inputs, out = inputs.changed(as_tensor), {} if out is None else out
         values = {name: tensor.detach().to(self._inputs[name].device).contiguous() for name, tensor in self.feed(inputs).items()}
         require_buffers(self.path.name, self.device, out, values, self._inputs, self._outputs)
         self.adapters.require(adapter, next((t.shape[0] for t in values.values() if t.dim()), None))

@@ -108,6 +108,9 @@ class Adapters:
         CheckpointError where it is of another base, or does not fit the graph.
         """
         self._require()
+        given: Any = name
+        if not given or not isinstance(given, str):
+            raise InputError(f"An adapter's name is a text, and not {name!r}: None stands for the base.")
         where = str(source) if isinstance(source, str | Path) else f"The adapter {name!r}"
         if isinstance(source, Mapping):
             tensors = dict(source)
@@ -127,6 +130,8 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Forget an adapter; InputError for one that is not there."""
         with self.lock:
+            if name is None:
+                raise InputError("The base cannot be removed: None stands for it.")
             self._row(name)
             self._free.append(self._rows.pop(name))
             self._live, self.active = (), None if self.active == name else self.active
@@ -239,7 +244,11 @@ class Adapters:
             raise InputError(f"{self.path.name} takes no adapters: export the model with swappable=True (`--swappable`).")
 
     def _named(self, chosen: Chosen) -> tuple[str | None, ...]:
-        return (chosen,) if chosen is None or isinstance(chosen, str) else tuple(chosen) or (None,)
+        if chosen is None or isinstance(chosen, str):
+            return (chosen,)
+        if not isinstance(chosen, list | tuple):
+            raise InputError(f"adapter={chosen!r} is no choice: give a name, a list of one for each row, or None for the base.")
+        return tuple(chosen) or (None,)
 
     def _row(self, name: str | None) -> int:
         if name not in self._rows:

@@ -112,7 +112,7 @@ Swappable = Annotated[Literal["whole", "rowwise"] | None, typer.Option("--swappa
 Task = Annotated[Literal["forward", "generate"], typer.Option(help=_TASK)]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Export and check three layers first: seconds.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", metavar="FILE", dir_okay=False, help="What came out, as JSON.")]
-Opset = Annotated[int, typer.Option(help=_OPSET)]
+Opset = Annotated[int, typer.Option(min=18, max=25, help=_OPSET)]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Show which schedule training takes for calls of so many tokens.")]
 Device = Annotated[str | None, typer.Option(help="The device to measure: cpu or cuda. Default: cuda where there is one.")]
 RatesOf = Annotated[str, typer.Option("--device", help="With --tokens: the name of a device that sarac tune has measured.")]

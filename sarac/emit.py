@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from sarac import serving
-from sarac.backends import genai, onnx, onnx_file, runtime
+from sarac.backends import genai, onnx, onnx_file, providers, runtime
 from sarac.backends.decoding import Steps
 from sarac.backends.stack import shortened, stack_of
 from sarac.backends.unseen import unseen_inputs
@@ -79,7 +79,7 @@ def export(
         what |= {"opset": opset, "dynamic": dynamic, "optimize": optimize, "external_data": external_data}
         serving.require(engine, tokenizer, example_inputs=example_inputs, keep_float32=tuple(keep_float32), **what)
         return _served(model, Path(path), merge, dtype, provider, tokenizer)
-    form = _form(opset, dynamic, dtype, optimize, provider, external_data)
+    form = _form(opset, dynamic, dtype, optimize, provider, external_data, check.coarsest(model))
     form = replace(form, swap=swap_for(model, swappable), steps=_steps(model, task, dynamic))
     merge, wide = _unmerged(merge) if form.swap else merge, _widened(model, form.dtype, *_inputs(model, example_inputs))
     emitted = functools.partial(_folded, wide[0], merge, None)
@@ -110,7 +110,7 @@ def _written(
     graph = _folded(model, merge, form.dtype, form.kept)
     plan, routed = record_of(model), tuple(slot.site for _, _, s in adapted(graph.module) for slot in s.slots.values())
     metadata, merged = _metadata(model, form.dtype), plan is not None and not routed
-    metadata |= sites_entry(graph, own) if plan is None else {}
+    metadata |= sites_entry(graph, own, inputs) if plan is None else {}
     metadata |= {_KEPT: json.dumps(form.kept)} if form.kept else {}
     with aside(target) as folder:
         if smoke:
@@ -206,8 +206,10 @@ def _unmerged(merge: bool | None) -> bool:
     return False
 
 
-def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, provider: str, external: str) -> onnx.Onnx:
-    """The format asked for; ExportError for an option that does not exist or cannot be."""
+def _form(
+    opset: int, dynamic: str, dtype: str | None, optimize: str | None, provider: str, external: str, own: torch.dtype
+) -> onnx.Onnx:  # fmt: skip
+    """The format asked for, of a model in the dtype `own`; ExportError for an option that does not exist or cannot be."""
     if opset not in _OPSETS:
         raise ExportError(
             f"opset {opset} is not possible: it is one of {_OPSETS.start} to {_OPSETS.stop - 1}; 20 is the default."
@@ -226,7 +228,8 @@ def _form(opset: int, dynamic: str, dtype: str | None, optimize: str | None, pro
     for name, given, known in choices:
         if given not in known:
             raise ExportError(f"{name}={given!r} is not known: give one of {', '.join(str(one) for one in known if one)}.")
-    if dtype == "bf16" and provider == "cpu":
+    providers.require(provider)
+    if provider == "cpu" and (dtype == "bf16" or (dtype is None and own == torch.bfloat16)):
         raise ExportError(
             "ONNX Runtime has no bfloat16 arithmetic on CPUs, so the file could not be checked here: export on the machine "
             'that will serve it (provider="cuda"), or in fp16 or fp32.'

@@ -50,13 +50,18 @@ class FoldedFile:
         )
 
 
-def sites_entry(graph: ModelGraph, dtype: torch.dtype) -> dict[str, str]:
-    """The metadata by which an adapter finds its places in an export of a plain model whose own weights are in `dtype`."""
+def sites_entry(graph: ModelGraph, dtype: torch.dtype, inputs: Inputs) -> dict[str, str]:
+    """The metadata by which an adapter finds its places in an export of a plain model whose own weights are in `dtype`.
+
+    With the shapes of what it was captured on: a size that is free in the graph may have but one value that runs.
+    """
+    shapes = [list(tensor.shape) for _, tensor in (*check.leaves(inputs.args), *check.leaves(inputs.kwargs))]
     sites = {
         site.name: [site.names, [site.layout.out, site.layout.inner, site.layout.stack, site.layout.split]]
         for site in graph.sites.values()
     }
-    return {KEY: json.dumps({"dtype": str(dtype).removeprefix("torch."), "sites": sites}, separators=(",", ":"))}
+    found = {"dtype": str(dtype).removeprefix("torch."), "sites": sites, "shapes": shapes}
+    return {KEY: json.dumps(found, separators=(",", ":"))}
 
 
 def fold_onnx(base: str | Path, adapter: str | Path, out: str | Path, *, provider: str = "cpu") -> FoldedFile:
@@ -75,7 +80,7 @@ def fold_onnx(base: str | Path, adapter: str | Path, out: str | Path, *, provide
     with aside(target) as folder:
         made, data = folder / target.name, free_data(target)
         rewritten = weights.write(made, data, changes, entries)
-        moved = _moved(Path(base), made, provider)
+        moved = _moved(Path(base), made, provider, places.shapes)
         if not moved:
             raise CheckFailed(f"{base} and {target} compute the same: the adapter {adapter} is at its start. Train it first.")
         files = (made, made.with_name(data)) if made.with_name(data).exists() else (made,)
@@ -93,6 +98,7 @@ class _Places:
                 f"{weights.path} has an adapter in it already: fold into an export of the base (sarac export BASE base.onnx)."
             )
         found = json.loads(weights.metadata.get(KEY) or '{"dtype": "float32", "sites": {}}')
+        self.shapes: list[list[int]] = found.get("shapes", [])
         self.dtype: torch.dtype = getattr(torch, found["dtype"])  # of the model itself, whatever the file's is
         self.layouts = {name: Layout(*map(_tuples, layout)) for name, (_, layout) in found["sites"].items()}
         self.names: dict[str, str] = {}
@@ -120,6 +126,8 @@ class _Places:
         }
         for name, tensor in self.saved.also_trained.items():
             if not self.weights.holds(name):
+                if not tensor.is_floating_point():  # a counter of training, as BatchNorm's, is in no graph
+                    continue
                 raise ExportError(
                     f"{self.weights.path} has no place for {name}, which {self.where} trained whole: fold in torch and export "
                     "again (sarac export --merge)."
@@ -180,23 +188,24 @@ class _Lazily(Mapping[str, Tensor]):
         return len(self._places.names)
 
 
-def _moved(base: Path, made: Path, provider: str) -> float:
+def _moved(base: Path, made: Path, provider: str, shapes: list[list[int]]) -> float:
     """How far the outputs of the two files are apart on inputs of small whole numbers; CheckFailed where they are not finite."""
-    both = [_tried(Runtime(path, provider)) for path in (base, made)]
+    both = [_tried(Runtime(path, provider), shapes) for path in (base, made)]
     check.require_finite(both[1], "The folded file's output")
     return check.difference(both[1], both[0]).error
 
 
-def _tried(runtime: Runtime) -> dict[str, Tensor]:
+def _tried(runtime: Runtime, shapes: list[list[int]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     if runtime.generates:
         ids = torch.randint(0, 2, (_FREE[0], _FREE[2]), generator=generator)
         return {"logits": runtime.generator.follow(ids.to(runtime.device), torch.ones_like(ids).to(runtime.device), _STEPS).cpu()}
     free = dict.fromkeys(size for shape in runtime.shapes.values() for size in shape if isinstance(size, str))
     sizes: dict[Any, int] = {name: _FREE[index % len(_FREE)] for index, name in enumerate(free)}
-    given = {}
-    for name, shape in runtime.shapes.items():
-        numbers = torch.randint(0, 2, [sizes.get(size, size) for size in shape], generator=generator)
+    given, wanted = {}, [[sizes.get(size, size) for size in shape] for shape in runtime.shapes.values()]
+    known = shapes if [len(one) for one in shapes] == [len(one) for one in wanted] else wanted
+    for name, shape in zip(runtime.shapes, known, strict=True):
+        numbers = torch.randint(0, 2, shape, generator=generator)
         noise = torch.randn(numbers.shape, generator=generator)
         given[name] = (
             noise.to(runtime.dtypes[name]) if runtime.dtypes[name].is_floating_point else numbers.to(runtime.dtypes[name])

@@ -1,13 +1,18 @@
 """Files put in place: made aside, and swapped in as one unit, so that a reader finds the old export or the new one."""
 
+import glob
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sarac.ir.errors import ExportError
+
+_ASIDE = ".aside"  # what marks a folder that is being written
+_FORGOTTEN = 24 * 3600.0  # seconds after which it has lost its writer
 
 
 def _data_of(target: Path) -> list[Path]:
@@ -29,7 +34,10 @@ def aside(target: Path) -> Iterator[Path]:
     if target.is_dir():
         raise ExportError(f"{target} is a folder: name a file in it, for example {target / 'model.onnx'}.")
     try:
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*{_ASIDE}"):
+            if time.time() - left.stat().st_mtime > _FORGOTTEN:  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=_ASIDE))
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror}. Choose a folder that exists and is yours.") from error
     try:

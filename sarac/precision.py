@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sarac.backends.mixed import typed
 from sarac.ir import check
-from sarac.ir.errors import ExportError, SaracError, near
+from sarac.ir.errors import ExportError, InputError, SaracError, near
 from sarac.ir.graph import ModelGraph, within
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
@@ -108,6 +108,12 @@ class _Trial:
         try:
             with self.coarse(kept):
                 given = [_coarse(one, self.dtype).call(self.emitted.module) for one in self.inputs]
+        except InputError as error:  # it takes them as they are: a module asks for a dtype by name
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise ExportError(
+                f"{name} does not run in {word}: {why} Something in it asks for float32 by name (.float(), a tensor's dtype): "
+                "let that take the dtype of what it meets, or export in fp32."
+            ) from error
         except SaracError as error:
             self.said = f"{str(error).partition(':')[0]}."  # what is wrong; what to do is said here
             return False

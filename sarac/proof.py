@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sarac.backends.mixed import typed
 from sarac.backends.pairing import paired
 from sarac.ir import check
+from sarac.ir.errors import InputError
 from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import adapted, evaluating
@@ -169,5 +170,8 @@ def _wider(model: nn.Module, dtype: torch.dtype, inputs: Inputs, plain: bool = F
     if dtype == torch.float64 or not (plain or any(True for _ in adapted(model))):
         return None
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    with widened(model, wide):
-        return inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor).call(model)
+    try:
+        with widened(model, wide):
+            return inputs.map(lambda tensor: tensor.to(wide) if tensor.is_floating_point() else tensor).call(model)
+    except InputError:  # as a recurrent layer, which asks for its weights' own dtype
+        return None

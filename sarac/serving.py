@@ -38,7 +38,7 @@ def require(engine: str, tokenizer: Any = None, **options: Any) -> None:
         raise ExportError(f"engine={engine!r} is not known: give one of {', '.join(ENGINES)}.")
     if engine == "onnx" and tokenizer is not None:
         raise ExportError('tokenizer goes into a folder that generates text: leave it out, or give engine="genai".')
-    odd = [name for name, value in options.items() if not any(value is plain for plain in _PLAIN.get(name, (None,)))]
+    odd = [name for name, value in options.items() if repr(value) not in map(repr, _PLAIN.get(name, (None,)))]  # 1 is not True
     if engine == "genai" and odd:
         leave = ", ".join(_SAID.get(name, name) for name in odd)
         raise ExportError(f"The engine genai takes the merged model and builds its own graph: leave out {leave}.")

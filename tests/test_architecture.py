@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "passes.rewrite": "ir.*",
     "passes.fold": "ir.*",
     "backends.onnx_file": "ir.*",
-    "backends.providers": "",
+    "backends.providers": "ir.*",
     "backends.placement": "backends.onnx_file backends.providers",
     "backends.binding": "ir.*",
     "backends.swap": "ir.*",

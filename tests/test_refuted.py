@@ -2,13 +2,15 @@
 
 import functools
 import gc
+import os
 import random
+import re
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from zoo import adapt, close, folded, llama, mlp, shake
+from zoo import adapt, close, differ, folded, llama, mlp, shake
 
 import sarac
 
@@ -387,3 +389,154 @@ def test_module_at_two_places_comes_back_from_its_file(tmp_path) -> None:
     assert torch.equal(again(x), model(x))
     assert again.a is again.b
     assert not torch.equal(again(x), base(x))
+
+
+# --- serving --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stepping(tmp_path_factory: pytest.TempPathFactory) -> sarac.Runtime:
+    """A Llama that generates, with its adapters open."""
+    path = tmp_path_factory.mktemp("step") / "step.onnx"
+    sarac.export(sarac.transform(llama()), path, task="generate", swappable=True)
+    return sarac.Runtime(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_token_ids_of_any_whole_dtype_are_the_same_tokens(stepping: sarac.Runtime, dtype: torch.dtype) -> None:
+    ids = torch.tensor([[5, 0, 7, 0, 9, 0, 11, 0]])[:, :4]
+    expected = stepping.generate(ids, 4)
+    assert torch.equal(stepping.generate(ids.to(dtype), 4), expected)
+    assert torch.equal(stepping.generate(ids.tolist(), 4), expected)
+    assert not torch.equal(stepping.generate(ids.flip(1), 4), expected)
+
+
+def test_what_generate_cannot_take_is_a_sentence(stepping: sarac.Runtime) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    for options, said in (
+        ({"temperature": 0.0}, "temperature=0.0 is not possible: it is above 0"),
+        ({"top_k": -1}, "top_k=-1 is not possible"),
+        ({"top_p": 1.5}, "top_p=1.5 is not possible: it is above 0 and at most 1"),
+    ):
+        with pytest.raises(sarac.InputError, match=said):
+            stepping.generate(ids, 2, do_sample=True, **options)
+    with pytest.raises(sarac.InputError, match=r"has the id 10000, and the model's \d+ tokens are 0 to"):
+        stepping.generate(torch.tensor([[1, 10_000]]), 2)
+    with pytest.raises(sarac.InputError, match="and not a str"):
+        stepping.generate("words", 2)
+
+
+def test_the_base_is_no_adapter(stepping: sarac.Runtime) -> None:
+    zeros = {name: torch.zeros(shape) for name, shape in stepping.adapters.shapes.items()}
+    for name in (None, "", 5):
+        with pytest.raises(sarac.InputError, match="An adapter's name is a text, and not"):
+            stepping.adapters.add(name, zeros)
+    with pytest.raises(sarac.InputError, match="The base cannot be removed"):
+        stepping.adapters.remove(None)
+    with pytest.raises(sarac.InputError, match="adapter=7 is no choice"):
+        stepping.use(7)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cell(x)[0]
+
+
+def test_recurrent_layer_is_exported_merged(tmp_path) -> None:
+    x = torch.randn(2, 5, 6)
+    report = sarac.export(shake(sarac.transform(Recurrent().eval(), "threshold:0.5")), tmp_path / "m.onnx", x)
+    assert report.merged
+
+
+@pytest.mark.parametrize("swappable", [True, "rowwise"])
+def test_adapters_on_weights_that_others_read_stay_open(tmp_path, swappable) -> None:
+    model, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval(), torch.randn(2, 3, 8)
+    adapted = shake(sarac.transform(model, "rank:3", where="linear*"))
+    sarac.export(adapted, tmp_path / "m.onnx", x, swappable=swappable)
+    sarac.save_onnx_adapter(adapted, tmp_path / "a.onnx_adapter")
+    runtime = sarac.Runtime(tmp_path / "m.onnx")
+    runtime.adapters.add("a", tmp_path / "a.onnx_adapter")
+    (found,) = runtime(x, adapter="a" if swappable is True else ["a", "a"]).values()
+    (base,) = runtime(x).values()
+    with torch.no_grad():
+        close(found, adapted(x))
+        close(base, model(x))
+    differ(found, base)
+
+
+def test_fold_onnx_takes_a_model_with_batch_norm(tmp_path) -> None:
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5)).eval(), torch.randn(2, 3, 5, 5)
+    adapted = shake(sarac.transform(net, "threshold:0.5"))
+    sarac.save_adapter(adapted, tmp_path / "a.safetensors", factors=True)
+    sarac.export(net, tmp_path / "net.onnx", x)
+    sarac.fold_onnx(tmp_path / "net.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+    (found,) = sarac.Runtime(tmp_path / "out.onnx")(x).values()
+    with torch.no_grad():
+        close(found, adapted(x))
+        differ(found, net(x))
+
+
+def test_free_sizes_are_those_asked_for(tmp_path) -> None:
+    model, net, x = llama().eval(), nn.Sequential(nn.Linear(6, 5)).eval(), torch.randn(4, 6)
+    sarac.export(model, tmp_path / "m.onnx", dynamic="input_ids[rows,words] attention_mask[rows,words]")
+    assert sarac.Runtime(tmp_path / "m.onnx").shapes["attention_mask"] == ("rows", "words")
+    with pytest.raises(sarac.ExportError, match="names no sizes of attention_mask, which are fixed so: name them as well"):
+        sarac.export(model, tmp_path / "m.onnx", dynamic="input_ids[rows,words]")
+    for dynamic, said in (
+        ("input[n,7]", "dynamic has 7 for size 1 of input, which is 6 there"),
+        ("input[n,m]", "the free size 'm' of input, which the model fixes at 6"),
+        ("input[n,]", "has the size ''"),
+        (True, "is not understood"),
+    ):
+        with pytest.raises(sarac.ExportError, match=re.escape(said)):
+            sarac.export(net, tmp_path / "n.onnx", x, dynamic=dynamic)
+
+
+def test_what_cannot_be_checked_here_is_refused_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sarac.backends.onnx.Onnx.write", None)  # it would be called
+    with pytest.raises(sarac.ExportError, match="no bfloat16 arithmetic on CPUs"):
+        sarac.export(nn.Sequential(nn.Linear(8, 8)).bfloat16(), tmp_path / "m.onnx", torch.randn(2, 8).bfloat16())
+    with pytest.raises(sarac.ExportError, match="There is no provider 'tpu': give one of cpu, cuda"):
+        sarac.export(mlp(6, 5), tmp_path / "m.onnx", torch.randn(2, 6), provider="tpu")
+
+
+class Floats(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.one_hot(ids, 6).float())
+
+
+def test_module_that_asks_for_float32_by_name_is_told_so(tmp_path) -> None:
+    with pytest.raises(sarac.ExportError, match=r"does not run in float16: .* asks for float32 by name"):
+        sarac.export(Floats().eval(), tmp_path / "m.onnx", torch.randint(0, 6, (3, 4)), dtype="fp16")
+
+
+def test_arrays_run_and_shapes_are_told(tmp_path) -> None:
+    net, x = mlp(6, 5).eval(), torch.randn(3, 6)
+    sarac.export(net, tmp_path / "m.onnx", x)
+    runtime = sarac.Runtime(tmp_path / "m.onnx")
+    assert torch.equal(next(iter(runtime(x.numpy()).values())), next(iter(runtime(x).values())))
+    with pytest.raises(sarac.InputError, match="give it in such a shape"):
+        runtime(x[0])
+    with pytest.raises(sarac.InputError, match=r"convert it, for example with .to\(torch.float32\)"):
+        runtime(x.double())
+    with pytest.raises(sarac.InputError, match="holds a tensor for each output by its name"):
+        runtime(x, out=torch.empty(3, 5))
+
+
+def test_folders_of_killed_exports_go_when_they_are_old(tmp_path) -> None:
+    old, young = tmp_path / ".m.onnx.abc.aside", tmp_path / ".m.onnx.def.aside"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "m.onnx").write_text("half")
+    os.utime(old, (0, 0))
+    sarac.export(mlp(6, 5), tmp_path / "m.onnx", torch.randn(2, 6))
+    assert not old.exists()
+    assert young.exists()

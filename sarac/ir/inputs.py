@@ -57,9 +57,11 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same inputs with `change` applied to every tensor at the top level."""
-        args = tuple(change(value) if isinstance(value, Tensor) else value for value in self.args)
-        kwargs = {name: change(value) if isinstance(value, Tensor) else value for name, value in self.kwargs.items()}
-        return Inputs(args, kwargs)
+        return self.changed(lambda value: change(value) if isinstance(value, Tensor) else value)
+
+    def changed(self, change: Callable[[Any], Any]) -> "Inputs":
+        """The same inputs with `change` applied to every value at the top level."""
+        return Inputs(tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()})
 
     def to(self, device: torch.device) -> "Inputs":
         """The same inputs on `device`."""

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
@@ -74,7 +74,8 @@ def matrices(dims: int) -> Layout:
 
 def quantised(stored: Tensor) -> bool:
     """Whether a weight is a tensor subclass that stands for de-quantised values, as torchao's are."""
-    return type(stored) not in (Tensor, nn.Parameter) and hasattr(type(stored), "dequantize") and not isinstance(stored, DTensor)
+    own = getattr(type(stored), "dequantize", Tensor.dequantize)  # every subclass has torch's own: a tracer's fake tensors too
+    return own is not Tensor.dequantize and not isinstance(stored, DTensor)
 
 
 def dense(stored: Any) -> Any:
