@@ -18,6 +18,7 @@ from sarac.ir.layers import adapted, compile_forward, install
 from sarac.ir.match import Match, linear_call, readers
 from sarac.ir.measure import leading
 from sarac.ir.record import Record, attach
+from sarac.ir.siblings import Siblings
 from sarac.ir.start import Factors
 from sarac.ir.weight import Slot, base_attribute
 
@@ -62,6 +63,7 @@ class Rewrite:
             originals = {name: tensor.clone() for name, tensor in originals.items()}
         module = clone(graph.module, frozen=True, own=frozenset(plan.also_train), inplace=self.inplace)
         regions = self._install(graph, module, tensors)
+        _join(module, plan.siblings)
         attach(module, Record(plan, trained, originals))
         return replace(graph, module=module, regions={**graph.regions, **regions})
 
@@ -135,8 +137,9 @@ def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], owner: nn.Module) -> bo
             if call is None or slot.adapter.parts or slot.adapter.borrowed or not _row_or_none(call[1], owner):
                 result = slot.adapter.apply(x, fx.Proxy(match.node), read, match.how).node
             else:
-                bias, schedule = call[1] and fx.Proxy(call[1]), fx.Proxy(graph.get_attr(slot.schedule))
-                result = slot.adapter.linear(x, fx.Proxy(weight), bias, read, schedule, call[0]).node
+                bias = call[1] and fx.Proxy(call[1])
+                chosen = (fx.Proxy(graph.get_attr(name)) for name in (slot.schedule, slot.siblings))
+                result = slot.adapter.linear(x, fx.Proxy(weight), bias, read, next(chosen), call[0], next(chosen)).node
         for user in users:
             user.replace_input_with(match.node, result)
         if not match.node.users:
@@ -144,6 +147,20 @@ def _rewrite(graph: fx.Graph, slots: Mapping[str, Slot], owner: nn.Module) -> bo
         adapted_of[match.node] = result
     graph.lint()
     return bool(adapted_of)
+
+
+def _join(module: nn.Module, siblings: tuple[tuple[str, ...], ...]) -> None:
+    """Let the sites of each group project their input together, those that stand in the module once and whose V is frozen."""
+    places: dict[str, list[tuple[nn.Module, Slot]]] = defaultdict(list)
+    for _, owner, state in adapted(module):
+        for slot in state.slots.values():
+            places[slot.site].append((owner, slot))
+    for group in siblings:
+        found = [places[name][0] for name in group if len(places[name]) == 1]
+        members = [(owner, slot) for owner, slot in found if not slot.adapter.parts and "v" not in slot.adapter.trainable]
+        joint = Siblings([(owner, slot.attribute("v")) for owner, slot in members]) if len(members) > 1 else None
+        for owner, slot in members:
+            owner.__dict__[slot.siblings] = joint
 
 
 def _row_or_none(bias: fx.Node | None, owner: nn.Module) -> bool:

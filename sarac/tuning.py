@@ -158,7 +158,7 @@ def _measured(call: Call, schedule: str, device: torch.device, dtype: torch.dtyp
     scale, shift = torch.ones(call.rank, device=device), torch.zeros(call.rank, device=device).requires_grad_()
 
     def step() -> None:
-        y: Any = SCHEDULES[schedule].apply("linear", x, weight, None, u, v, scale, shift)  # type: ignore[no-untyped-call]
+        y: Any = SCHEDULES[schedule].apply("linear", x, weight, None, u, v, scale, shift, None)  # type: ignore[no-untyped-call]
         torch.autograd.grad(y[0], (x, shift), dy)
 
     return _seconds(step, device)

@@ -80,7 +80,9 @@ class Adapter(Protocol):
     def apply(self, x: Any, y: Any, tensors: Tensors, how: How = LINEAR) -> Any:
         """The adapted output, from the input x (…, in) and the base's output y (…, out) of that linear operation."""
 
-    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+    def linear(
+        self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear", siblings: Any = None
+    ) -> Any:
         """As `apply` on `base(op, x, weight, bias)`, by a schedule of sarac.ir.schedules while it trains; of one matrix."""
 
     def delta(self, tensors: Tensors) -> Tensor:
@@ -151,9 +153,11 @@ class Sara:
         h = h * values.unsqueeze(-2) if self.parts else scaled(h, values)
         return add(y, h, tensors["u"], how)
 
-    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+    def linear(
+        self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear", siblings: Any = None
+    ) -> Any:
         """W x + b + U ((δ ⊙ s) ⊙ V x)."""
-        return shifted(x, weight, bias, *(tensors[role] for role in ("u", "v", "scale", "shift")), schedule, op)
+        return shifted(x, weight, bias, *(tensors[role] for role in ("u", "v", "scale", "shift")), schedule, op, siblings)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(δ ⊙ s) V, shape (out, in)."""
@@ -252,15 +256,17 @@ class MoSara:
         values = shift.mean(-2) * scale
         return add(y, h * values.unsqueeze(-2) if self.parts else scaled(h, values), tensors["u"], how)
 
-    def linear(self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear") -> Any:
+    def linear(
+        self, x: Any, weight: Any, bias: Any, tensors: Tensors, schedule: Any = AUTO, op: str = "linear", siblings: Any = None
+    ) -> Any:
         """W x + b + U ((Σ_i g_i δ_i ⊙ s) ⊙ V x)."""
         own = (tensors["u"], tensors["v"], tensors["scale"])
         if not self.routed:
-            return shifted(x, weight, bias, *own, tensors["shift"].mean(-2), schedule, op)
+            return shifted(x, weight, bias, *own, tensors["shift"].mean(-2), schedule, op, siblings)
         if self.router_of:
             return self.apply(x, base(op, x, weight, bias), tensors)
         inward = tensors["router_in"] if self.bottleneck else None
-        return routed(x, weight, bias, *own, tensors["shift"], tensors["router"], inward, self.router, schedule, op)
+        return routed(x, weight, bias, *own, tensors["shift"], tensors["router"], inward, self.router, schedule, op, siblings)
 
     def delta(self, tensors: Tensors) -> Tensor:
         """U diag(mean of δ_i ⊙ s) V where the gates are constant; NotFoldable where they depend on the input."""

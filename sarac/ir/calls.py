@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from sarac.ir.cost import schedule_at, steps
 from sarac.ir.routes import ROUTED
 from sarac.ir.schedules import SCHEDULES, lying
+from sarac.ir.siblings import Siblings
 from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
@@ -25,7 +26,7 @@ CHOICES = (AUTO, *SCHEDULES, PLAIN)
 @leaf
 def shifted(
     x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, scale: Tensor, shift: Tensor, schedule: str = AUTO,
-    op: str = "linear",
+    op: str = "linear", siblings: Siblings | None = None,
 ) -> Tensor:  # fmt: skip
     """W x + b + U ((δ ⊙ s) ⊙ V x), shape (…, out), from x (…, in), W as `base` takes it, U (out, k), V (k, in), s and δ (k,)."""
     trained = u.requires_grad or v.requires_grad
@@ -34,13 +35,13 @@ def shifted(
         plain: Tensor = add(base(op, x, weight, bias), scaled(project(x, v), shift * scale), u)
         return plain
     name = TWO_SIDED if trained else _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=False)
-    return _called(SCHEDULES[name], dtype, op, (x, weight, bias, u, v), scale, shift)
+    return _called(SCHEDULES[name], dtype, op, (x, weight, bias, u, v), scale, shift, siblings)
 
 
 @leaf
 def routed(
     x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, scale: Tensor, shift: Tensor, router: Tensor,
-    inward: Tensor | None, kind: str, schedule: str = AUTO, op: str = "linear",
+    inward: Tensor | None, kind: str, schedule: str = AUTO, op: str = "linear", siblings: Siblings | None = None,
 ) -> Tensor:  # fmt: skip
     """W x + b + U ((g (δ ⊙ s)) ⊙ V x) with gates g of R V x, or of R R_in V x: as `shifted`, with δ (sets, k)."""
     tensors = (u, v, scale, shift, router, *(() if inward is None else (inward,)))
@@ -52,7 +53,7 @@ def routed(
         plain: Tensor = add(base(op, x, weight, bias), mix(h, gates_of(scores, kind), shift, scale), u)
         return plain
     name = _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=True)
-    return _called(ROUTED[name], dtype, op, (x, weight, bias, u, v), scale, shift, router, inward, kind)
+    return _called(ROUTED[name], dtype, op, (x, weight, bias, u, v), scale, shift, siblings, router, inward, kind)
 
 
 def _chosen(
@@ -68,14 +69,17 @@ def _chosen(
     return schedule if torch.compiler.is_compiling() or still_singular(op, weight, u, v, scale) else TWO_SIDED
 
 
-def _called(function: Any, dtype: torch.dtype, op: str, given: tuple[Any, ...], *rest: Any) -> Tensor:
+def _called(
+    function: Any, dtype: torch.dtype, op: str, given: tuple[Any, ...], scale: Tensor, shift: Tensor, siblings: Any, *rest: Any
+) -> Tensor:  # fmt: skip
     """The function's y; under autocast of x, W, b, U and V in the dtype that it runs in."""
     found: Tensor
     if not torch.is_autocast_enabled(given[0].device.type):
-        found = function.apply(op, *given, *rest)[0]
+        siblings = None if torch.compiler.is_compiling() else siblings
+        found = function.apply(op, *given, scale, shift, siblings, *rest)[0]
         return found
-    with torch.autocast(given[0].device.type, enabled=False):
-        found = function.apply(op, *(one if one is None else one.to(dtype) for one in given), *rest)[0]
+    with torch.autocast(given[0].device.type, enabled=False):  # each call has an x of its own then
+        found = function.apply(op, *(one if one is None else one.to(dtype) for one in given), scale, shift, None, *rest)[0]
     return found
 
 

@@ -73,9 +73,9 @@ def install(
             name = slot.attribute(role)
             _require_free(module, slot.site, name)
             module.register_parameter(name, tensor)
-        for name in (slot.schedule, base_attribute(slot.param)):
+        for name in (slot.schedule, slot.siblings, base_attribute(slot.param)):
             _require_free(module, slot.site, name)
-        module.__dict__[slot.schedule] = AUTO
+        module.__dict__[slot.schedule], module.__dict__[slot.siblings] = AUTO, None
     module.__dict__["_sara"] = State({slot.param: slot for slot in slots}, guards)
     settle(module)
     bound = _bound_forwards(module)
@@ -109,7 +109,8 @@ def uninstall(module: nn.Module) -> None:
     for slot in module.__dict__["_sara"].slots.values():
         for role in slot.tensors(module):
             del module._parameters[slot.attribute(role)]
-        module.__dict__.pop(slot.schedule, None)
+        for name in (slot.schedule, slot.siblings):
+            module.__dict__.pop(name, None)
     del module.__dict__["_sara"]
     bound = _bound_forwards(module)
     module.__class__ = type(module).__sara_base__  # type: ignore[attr-defined]

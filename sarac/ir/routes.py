@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sarac.ir import fused
-from sarac.ir.schedules import Made, Some, again, gradients, keep, plus, rows, saved
+from sarac.ir.schedules import Made, Some, again, gradients, keep, plus, projected, rows, saved
+from sarac.ir.siblings import Siblings
 from sarac.ir.terms import base, gates_of
 
-# the operation, x, W, b, U, V, s, δ (sets, k), R (sets, k) or (sets, width), R_in (width, k), the kind of router
-Given = tuple[str, Tensor, Tensor, Some, Tensor, Tensor, Tensor, Tensor, Tensor, Some, str]
+# The operation, x, W, b, U, V, s, δ (sets, k), who projects x with it, R (sets, k) or (sets, width), R_in (width, k), the kind
+# of router.
+Given = tuple[str, Tensor, Tensor, Some, Tensor, Tensor, Tensor, Tensor, Siblings | None, Tensor, Some, str]
 
 
 class RoutedTwoSided(torch.autograd.Function):
@@ -24,8 +26,8 @@ class RoutedTwoSided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, u, v, scale, shift, router, inward, ctx.kind = given
-        h, y = rows(x) @ v.mT, base(op, x, weight, bias)
+        op, x, weight, bias, u, v, scale, shift, siblings, router, inward, ctx.kind = given
+        h, y = projected(x, v, siblings), base(op, x, weight, bias)
         mixed, scores = _mixed(h, router, inward, shift * scale, ctx.kind)
         keep(ctx, op, x, weight, u, v, scale, shift, router, inward, h, scores)
         return torch.addmm(rows(y), mixed, u.mT).view(y.shape), h
@@ -50,8 +52,8 @@ class RoutedRight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, _, v, _, shift, router, inward, ctx.kind = given
-        h = rows(x) @ v.mT
+        op, x, weight, bias, _, v, _, shift, siblings, router, inward, ctx.kind = given
+        h = projected(x, v, siblings)
         mixed, scores = _mixed(h, router, inward, shift, ctx.kind)
         keep(ctx, op, x, weight, v, shift, router, inward, h, scores)
         moved = torch.addmm(rows(x), mixed, v)

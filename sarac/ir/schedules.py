@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from sarac.ir import fused
+from sarac.ir.siblings import Siblings
 from sarac.ir.terms import base
 
 EXACT = 16  # how many of the directions nearest to 1 + δ = 0 a materialised call takes the long way, where it cannot divide
 _LEAST = 1e-3  # what further ones are divided by at the least
 _PIECE = 1024  # rows
 
-Given = tuple[str, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]  # the operation, x, W, b, U, V, s, δ
+# The operation, x, W, b, U, V, s, δ, and who projects x with it.
+Given = tuple[str, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Siblings | None]
 Made = tuple[Tensor, Tensor]  # y, h
 Some = Tensor | None
 
@@ -32,8 +34,8 @@ class TwoSided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, u, v, scale, shift = given
-        h, y = rows(x) @ v.mT, base(op, x, weight, bias)
+        op, x, weight, bias, u, v, scale, shift, siblings = given
+        h, y = projected(x, v, siblings), base(op, x, weight, bias)
         factors = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         keep(ctx, op, x, x if factors else None, weight, u, v, scale, shift, h)
         return torch.addmm(rows(y), h, times(u.mT, shift * scale)).view(y.shape), h
@@ -64,8 +66,8 @@ class Right(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, _, v, _, shift = given
-        h = rows(x) @ v.mT
+        op, x, weight, bias, _, v, _, shift, siblings = given
+        h = projected(x, v, siblings)
         keep(ctx, op, x, weight, v, shift, h)
         return base(op, torch.addmm(rows(x), h, times(v, shift)).view(x.shape), weight, bias), h
 
@@ -89,7 +91,7 @@ class Left(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = Uᵀ W x: W x + b is one product, from whose projection that of b is taken off again."""
-        op, x, weight, bias, u, _, _, shift = given
+        op, x, weight, bias, u, _, _, shift, _ = given
         y = base(op, x, weight, bias)
         h = _unbiased(rows(y), bias, u)
         keep(ctx, op, x, weight, u, shift, h)
@@ -119,12 +121,12 @@ class Materialised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x on the right, s ⊙ V x on the left."""
-        op, x, weight, bias, u, v, scale, shift = given
+        op, x, weight, bias, u, v, scale, shift, siblings = given
         plain = lying(op, weight)
         made = _made(plain, u, v, scale, shift)
         y = base(op, x, lying(op, made), bias)
         if _tall(plain):
-            h = rows(x) @ v.mT
+            h = projected(x, v, siblings)
         else:
             near = _nearest(shift)
             h = _unbiased(rows(y), bias, _divided(u.mT, shift).mT)
@@ -165,6 +167,11 @@ SCHEDULES: dict[str, type[torch.autograd.Function]] = {
 def rows(x: Tensor) -> Tensor:
     """All but the last dimension as one."""
     return x.reshape(-1, x.shape[-1])
+
+
+def projected(x: Tensor, v: Tensor, siblings: Siblings | None) -> Tensor:
+    """V x of every row, with those of siblings where there are such."""
+    return rows(x) @ v.mT if siblings is None else siblings.project(x, v)
 
 
 def times(matrix: Tensor, values: Tensor) -> Tensor:
@@ -210,7 +217,7 @@ def gradients(ctx: Any, dy: Some, dx: Some, dshift: Some, du: Some = None, dv: S
     """The gradients in the order of `Given`, dX in the shape of x."""
     dx = dx.view(ctx.shape) if dx is not None and ctx.needs_input_grad[1] else None
     dbias = rows(dy).sum(0) if dy is not None and ctx.needs_input_grad[3] else None
-    return None, dx, None, dbias, du, dv, None, dshift
+    return None, dx, None, dbias, du, dv, None, dshift, None
 
 
 def differentiable() -> bool:

@@ -43,6 +43,11 @@ class Slot:
         """The module attribute that names the schedule of its calls while it trains (sarac.ir.schedules)."""
         return self.attribute("schedule")
 
+    @property
+    def siblings(self) -> str:
+        """The module attribute that holds who projects an input together with it (sarac.ir.siblings), or None."""
+        return self.attribute("siblings")
+
     def attribute(self, role: str) -> str:
         """The module attribute of the adapter's tensor with this role: `sara_u`, or `NAME_sara_u` beside `NAME`."""
         return f"sara_{role}" if self.param == "weight" else f"{self.param}_sara_{role}"

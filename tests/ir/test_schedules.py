@@ -222,7 +222,7 @@ def test_one_sided_schedules_are_for_singular_vectors_of_the_weight_that_is_ther
         for schedule in SCHEDULES:  # each falls back to what holds for any factors
             assert max(compared(other, schedule).values()) < 1e-9, (what, schedule)
         for schedule in ("right", "left"):
-            y = SCHEDULES[schedule].apply("linear", *(getattr(other, name) for name in FIELDS))[0]
+            y = SCHEDULES[schedule].apply("linear", *(getattr(other, name) for name in FIELDS), None)[0]
             assert not torch.allclose(y, other.call(PLAIN)), (what, schedule)
 
 

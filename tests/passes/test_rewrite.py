@@ -133,7 +133,7 @@ def test_facts_stay_on_the_base_call_of_the_rewritten_graph() -> None:
     known = [node for node in region.train.nodes if fact(node)]
     assert [fact(node)["site"] for node in known] == ["0.weight"]
     reads = [node.target for node in region.train.nodes if node.op == "get_attr"]
-    assert set(reads) == {"weight_base", "bias", "sara_u", "sara_v", "sara_scale", "sara_shift", "sara_schedule"}
+    assert set(reads) == {"weight_base", "bias", "sara_u", "sara_v", "sara_scale", "sara_shift", "sara_schedule", "sara_siblings"}
 
 
 def test_graph_that_was_given_is_not_rewritten() -> None:
