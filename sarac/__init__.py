@@ -22,6 +22,7 @@ from sarac.ir.graph import ModelGraph, Site
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
+from sarac.ir.schedules import accumulating
 from sarac.onnx_fold import fold_onnx
 from sarac.planning import plan
 from sarac.proof import ExportReport
@@ -54,6 +55,7 @@ __all__ = [
     "TraceError",
     "WeightError",
     "__version__",
+    "accumulating",
     "adapters",
     "analyze",
     "disabled",

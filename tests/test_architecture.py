@@ -154,8 +154,8 @@ FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
     "analyze transform fold fold_onnx export save load save_adapter save_onnx_adapter load_adapter use "
-    "adapters disabled recommended_lr schedule tune trace run plan Plan Sara MoSara SaracError TraceError SpectrumError "
-    "PlanError RewriteError WeightError NotFoldable "
+    "accumulating adapters disabled recommended_lr schedule tune trace run plan Plan Sara MoSara SaracError TraceError "
+    "SpectrumError PlanError RewriteError WeightError NotFoldable "
     "CheckFailed InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph "
     "Runtime Site verify __version__".split()
 )

@@ -11,10 +11,11 @@ from benchmarks import train
 from torch import nn
 from typer.testing import CliRunner
 from user.methods import batch
-from zoo import VOCABULARY, close, llama, mlp, outputs, shake
+from zoo import VOCABULARY, close, differ, llama, mlp, outputs, shake
 
 import sarac
 from sarac.cli import app
+from sarac.ir import schedules
 from sarac.ir.calls import AUTO, PINNED
 from sarac.ir.cost import forget_rates, rates_of
 
@@ -180,3 +181,32 @@ def test_benchmark_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(row["ms"] > 0 for row in rows)
     assert rows[0]["trains"] == 0 < rows[1]["trains"]
     assert train.table(rows).row_count == len(names)
+
+
+def test_accumulation_makes_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = schedules._made
+    monkeypatch.setattr(schedules, "_made", lambda *given: made.append(1) or real(*given))
+    model = set_to("materialised", shake(sarac.transform(mlp(6, 5), "rank:3")))
+    shift, x = model.get_parameter("0.sara_shift"), torch.randn(4, 6)
+    expected = model(x)
+    assert len(made) == 1
+    with sarac.accumulating():
+        for _ in range(3):
+            found = model(x)
+            found.square().sum().backward()
+        assert len(made) == 2
+        close(found, expected)
+        with torch.no_grad():
+            shift.add_(0.5)
+        later = model(x)
+        assert len(made) == 3
+    differ(later, expected)
+    model(x)
+    assert len(made) == 4
+    total = shift.grad.clone()
+    model.zero_grad()
+    with torch.no_grad():
+        shift.sub_(0.5)
+    (3 * model(x).square().sum()).backward()
+    close(total, shift.grad)

@@ -9,6 +9,8 @@ with gradients written by hand: of tokens x k numbers only h = V x (or s ⊙ V x
 δ's is summed in float32. h is an output beside y, which lets a gradient be differentiated again.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ class Materialised(torch.autograd.Function):
         """As the class says; h = V x on the right, s ⊙ V x on the left."""
         op, x, weight, bias, u, v, scale, shift, siblings = given
         plain = lying(op, weight)
-        made = _made(plain, u, v, scale, shift)
+        made = _kept(op, (weight, u, v, scale, shift))
         y = base(op, x, lying(op, made), bias)
         if _tall(plain):
             h = projected(x, v, siblings)
@@ -237,6 +239,33 @@ def plus(one: Some, other: Tensor) -> Tensor:
 
 def _tall(weight: Tensor) -> bool:
     return weight.shape[0] >= weight.shape[1]
+
+
+@contextmanager
+def accumulating() -> Iterator[None]:
+    """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
+
+    Every such weight is held until the end of the block. A shift that is written to within is seen, by its version.
+    """
+    _held.append({})
+    try:
+        yield
+    finally:
+        _held.pop()
+
+
+_held: list[dict[int, tuple[Tensor, int, Tensor]]] = []  # by the id of a shift: the shift, its version, the weight
+
+
+def _kept(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
+    shift = given[-1]
+    if not _held or torch.compiler.is_compiling():
+        return _made(lying(op, given[0]), *given[1:])
+    found = _held[-1].get(id(shift))
+    if found is None or found[0] is not shift or found[1] != shift._version:
+        found = _held[-1][id(shift)] = (shift, shift._version, _made(lying(op, given[0]), *given[1:]))
+    return found[2]
 
 
 def _made(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a training step costs, side by side in one run: the frozen model (the floor), PEFT's LoRA, SARA and Mo-SARA.
 
     python tests/benchmarks/train.py [llama llama1b llama8b smollm2] [--device cuda] [--tiny] [--ways sara mosara] [--eager]
-        [--schedules] [--out train.json]
+        [--rows 8] [--length 1024] [--schedules] [--out train.json]
 
 A step is forward, backward and the optimiser's (AdamW), on 8 x 1024 tokens (8b: 2 x 1024), in bfloat16 on CUDA and float32 on the
 CPU. The floor is the frozen base, forward and backward to the embeddings: what any adapter method pays at the least. Milliseconds
@@ -123,10 +123,17 @@ def step_of(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[],
     return step
 
 
-def measure(name: str, ways: dict[str, Callable[[nn.Module], nn.Module]], device: str, tiny: bool, eager: bool) -> list[Row]:
-    """A row for every way, eager and compiled."""
+def measure(
+    name: str,
+    ways: dict[str, Callable[[nn.Module], nn.Module]],
+    device: str,
+    tiny: bool,
+    eager: bool,
+    size: tuple[int | None, int | None] = (None, None),
+) -> list[Row]:
+    """A row for every way, eager and compiled; `size`: rows and length of the tokens, where they are not the shape's own."""
     dtype, shape = torch.bfloat16 if device == "cuda" else torch.float32, TINY if tiny else SHAPES[name]
-    ids = torch.randint(0, 100, (shape[-1], 64 if tiny else 1024), device=device)
+    ids = torch.randint(0, 100, (size[0] or shape[-1], size[1] or (64 if tiny else 1024)), device=device)
     rows: list[Row] = []
     for way, make in ways.items():
         for compiled in (False,) if eager else (False, True):
@@ -196,6 +203,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ways", nargs="*", help="those whose names start like one of these; the floor always")
     parser.add_argument("--tiny", action="store_true", help="shapes for a try")
+    parser.add_argument("--rows", type=int, help="rows of tokens")
+    parser.add_argument("--length", type=int, help="tokens in a row")
     parser.add_argument("--eager", action="store_true", help="not compiled")
     parser.add_argument("--schedules", action="store_true", help="every schedule, not the chosen one alone")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
@@ -211,7 +220,8 @@ def main() -> None:
             os.environ["SARAC_CACHE"] = folder  # equal layers are decomposed once
             sarac.tune(options.device, dtypes=["bfloat16" if options.device == "cuda" else "float32"], check=False)
         for name in options.models:
-            rows += measure(name, chosen, options.device, options.tiny, options.eager)
+            size = (options.rows, options.length)
+            rows += measure(name, chosen, options.device, options.tiny, options.eager, size)
             if options.out:
                 options.out.write_text(json.dumps(rows, indent=1))
     Console(width=160).print(table(rows))
