@@ -13,8 +13,7 @@ from sarac.ir.cost import Call, device_name, rates_of, rates_or_counts, schedule
 from sarac.ir.errors import PlanError, RewriteError, near
 from sarac.ir.graph import Site, starred
 from sarac.ir.layers import adapted
-from sarac.ir.layout import MATRIX, TRANSPOSED
-from sarac.ir.weight import Slot, fixed, settle
+from sarac.ir.weight import Slot, fixed, no_matrix, settle
 from sarac.tables import as_text
 
 
@@ -105,12 +104,10 @@ def of_sites(sites: Mapping[Site, int], tokens: int, device: str) -> Schedules:
     """How calls of so many tokens would run by, were these sites to carry SARA's singular values at these ranks."""
     found, dtypes = [], set()
     for site, rank in sites.items():
-        why = "it is a stack of matrices" if site.parts else ""
-        why = why or ("it is no plain matrix" if site.layout not in (MATRIX, TRANSPOSED) else "")
         dtype = str(site.dtype).removeprefix("torch.")
         dtypes.add(dtype)
         call = Call(tokens, *site.shape, rank, site.dtype.itemsize)
-        found.append(scheduled(site.name, call, dtype, device, why=why))
+        found.append(scheduled(site.name, call, dtype, device, why=no_matrix(site.parts, site.layout)))
     name = dtypes.pop() if len(dtypes) == 1 else "several dtypes"
     return Schedules(tuple(found), tokens, device, name, rates_of(device, name) is not None)
 

@@ -17,7 +17,7 @@ import sarac
 from sarac.cli import app
 from sarac.ir import schedules
 from sarac.ir.calls import AUTO, PINNED
-from sarac.ir.cost import forget_rates, rates_of
+from sarac.ir.cost import Rates, forget_rates, keep_rates, rates_of
 
 CHOICES = ("auto", "two-sided", "right", "left", "materialised", "plain")
 
@@ -210,3 +210,39 @@ def test_accumulation_makes_each_weight_once(monkeypatch: pytest.MonkeyPatch) ->
         shift.sub_(0.5)
     (3 * model(x).square().sum()).backward()
     close(total, shift.grad)
+
+
+class Both(nn.Module):
+    """One weight read both ways: two calls with one shift, whose weights are not the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.w) @ self.w.T
+
+
+def test_accumulation_holds_a_weight_for_each_way_it_is_read_and_dtype() -> None:
+    model, x = shake(sarac.transform(Both(), "rank:3")), torch.randn(4, 6)
+    model.__dict__["w_sara_schedule"] = "materialised"
+    expected = model(x)
+    with sarac.accumulating():
+        close(model(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        close(model(x), expected)
+        with torch.no_grad():
+            model.w_base.mul_(0.5)
+        differ(model(x), expected)
+
+
+def test_what_is_measured_elsewhere_is_asked_for_by_name(kept: Path) -> None:
+    assert sarac.tune("cpu", dtypes=["float32"], check=False, keep=False).path == ""
+    assert not (kept / "tune.json").exists()
+    slow = Rates(1.0, 1e9, ((1, 1e9),), ((1, 1e9),))
+    keep_rates(kept, "a device", {"float32": slow})
+    model = sarac.transform(llama())
+    there, here = sarac.schedule(model, device="a device"), sarac.schedule(model)
+    assert (there.measured, here.measured) == (True, False)
+    assert there.sites[0].floor > 1e3 > here.sites[0].floor  # two launches of a second each

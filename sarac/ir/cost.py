@@ -22,8 +22,7 @@ from sarac.ir.schedules import EXACT
 
 MEASURED = "tune.json"  # beside what the cache keeps: rates of this machine
 LARGEST = 2**20  # tokens
-NAMES = ("right", "left", "materialised", "two-sided")
-
+NAMES = ("right", "left", "materialised", "two-sided")  # of equally fast ones the first is taken
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -138,7 +137,7 @@ def device_name(device: torch.device | str) -> str:
 def rates_of(device: str, dtype: str) -> Rates | None:
     """The rates of a device by its name and of a dtype by its torch name; None where nothing was measured there."""
     table = _tables().get(device, {}).get(dtype)
-    return None if table is None else read_rates(table)
+    return None if table is None else _rates(table)
 
 
 def rates_or_counts(device: str, dtype: str) -> Rates:
@@ -146,8 +145,7 @@ def rates_or_counts(device: str, dtype: str) -> Rates:
     return rates_of(device, dtype) or _COUNTED
 
 
-def read_rates(table: Mapping[str, Any]) -> Rates:
-    """Rates from their JSON values."""
+def _rates(table: Mapping[str, Any]) -> Rates:
     rows, products = (tuple((int(n), float(rate)) for n, rate in table[name]) for name in ("rows", "products"))
     return Rates(float(table["launch"]), float(table["bandwidth"]), rows, products)
 

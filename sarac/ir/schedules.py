@@ -245,7 +245,8 @@ def _tall(weight: Tensor) -> bool:
 def accumulating() -> Iterator[None]:
     """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
 
-    Every such weight is held until the end of the block. A shift that is written to within is seen, by its version.
+    Every such weight is held until the end of the block. A shift that is written to within is seen by its version, and so is a base
+    outside of autocast.
     """
     _held.append({})
     try:
@@ -254,17 +255,19 @@ def accumulating() -> Iterator[None]:
         _held.pop()
 
 
-_held: list[dict[int, tuple[Tensor, int, Tensor]]] = []  # by the id of a shift: the shift, its version, the weight
+# By the id of a shift and how the weight is read (a shift may serve both ways, and several dtypes): shift, versions, weight.
+_held: list[dict[tuple[Any, ...], tuple[Tensor, tuple[int, int], Tensor]]] = []
 
 
 def _kept(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
-    shift = given[-1]
-    if not _held or torch.compiler.is_compiling():
-        return _made(lying(op, given[0]), *given[1:])
-    found = _held[-1].get(id(shift))
-    if found is None or found[0] is not shift or found[1] != shift._version:
-        found = _held[-1][id(shift)] = (shift, shift._version, _made(lying(op, given[0]), *given[1:]))
+    weight, shift = given[0], given[-1]
+    if not _held or torch.compiler.is_compiling() or not shift.is_leaf or weight.is_inference():
+        return _made(lying(op, weight), *given[1:])
+    key, versions = (id(shift), op, weight.stride(), weight.dtype), (shift._version, weight._version)
+    found = _held[-1].get(key)
+    if found is None or found[1] != versions:
+        found = _held[-1][key] = (shift, versions, _made(lying(op, weight), *given[1:]))
     return found[2]
 
 

@@ -73,8 +73,8 @@ class State:
 def fixed(slot: Slot, module: nn.Module) -> str:
     """Why the calls of a slot run by the formula's own terms and no other schedule; "" where several serve."""
     adapter, weight = slot.adapter, module._parameters[slot.param]
-    if adapter.parts or slot.layout not in (MATRIX, TRANSPOSED):
-        return "it is a stack of matrices" if adapter.parts else "it is no plain matrix"
+    if shaped := no_matrix(len(adapter.parts), slot.layout):
+        return shaped
     if adapter.borrowed:
         return "its router is that of another weight"
     if {"u", "v"} & set(adapter.trainable):
@@ -87,6 +87,11 @@ def fixed(slot: Slot, module: nn.Module) -> str:
     if not singular(slot.layout.matrix(weight), *(tensors[role] for role in ("u", "v", "scale"))):
         return "its factors are no singular vectors of it, or not to the last digits"
     return ""
+
+
+def no_matrix(parts: int, layout: Layout) -> str:
+    """Why a weight that lies like this has no other schedules; "" for one matrix."""
+    return "it is a stack of matrices" if parts else "" if layout in (MATRIX, TRANSPOSED) else "it is no plain matrix"
 
 
 def settle(module: nn.Module) -> None:
