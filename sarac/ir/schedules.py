@@ -245,8 +245,8 @@ def _tall(weight: Tensor) -> bool:
 def accumulating() -> Iterator[None]:
     """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
 
-    Every such weight is held until the end of the block. A shift that is written to within is seen by its version, and so is a base
-    outside of autocast.
+    Every such weight is held until the end of the block. A shift that is written to within is seen by its version, and so is a
+    base outside of autocast.
     """
     _held.append({})
     try:
