@@ -2,6 +2,7 @@
 
 import sarac.backends.peft  # noqa: F401  sarac.backends.peft.save and .load are part of the face
 from sarac.backends.runtime import Runtime
+from sarac.diagnosis import diagnose
 from sarac.emit import export, verify
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.errors import (
@@ -23,6 +24,7 @@ from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
 from sarac.ir.schedules import accumulating
+from sarac.monitor import Monitor
 from sarac.onnx_fold import fold_onnx
 from sarac.planning import plan
 from sarac.proof import ExportReport
@@ -42,6 +44,7 @@ __all__ = [
     "InputError",
     "MoSara",
     "ModelGraph",
+    "Monitor",
     "NotFoldable",
     "Plan",
     "PlanError",
@@ -58,6 +61,7 @@ __all__ = [
     "accumulating",
     "adapters",
     "analyze",
+    "diagnose",
     "disabled",
     "export",
     "fold",

@@ -16,8 +16,8 @@ _THIN = 8  # weights of a kind whose curves are drawn one by one; of more the me
 _POINTS = 129
 _STEPS = [0.02, *(step / 25 for step in range(1, 26))]
 # Okabe and Ito's first
-_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #666666 #8c564b #b5a300 #1b4965 #e03131".split()
-_GREY, _INK = "#9aa0a6", "#c92a2a"
+COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #7f3c8d #666666 #8c564b #b5a300 #1b4965 #e03131".split()
+GREY, _INK = "#9aa0a6", "#c92a2a"
 
 
 def plot(path: str | Path | None, title: str, sites: Sequence[Site], threshold: float, parameters: int) -> Any:
@@ -29,7 +29,7 @@ def plot(path: str | Path | None, title: str, sites: Sequence[Site], threshold: 
     for site in sites:
         lines[f"{site.kind} {site.full_shape}"].append(site)
     named = len(lines) <= _NAMED
-    colours = {kind: _COLOURS[index % len(_COLOURS)] if named else _GREY for index, kind in enumerate(lines)}
+    colours = {kind: COLOURS[index % len(COLOURS)] if named else GREY for index, kind in enumerate(lines)}
     with rc_context({"axes.titlesize": 11, "axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(15.0, 5.4), layout="constrained")
         depth, curves, cost = figure.subplots(1, 3)
@@ -42,10 +42,10 @@ def plot(path: str | Path | None, title: str, sites: Sequence[Site], threshold: 
         figure.suptitle(head, x=0.01, ha="left")
         if named:
             handles = [curves.plot([], [], color=colours[kind], lw=3)[0] for kind in lines]
-            labels = [f"{_short(kind)}  {' x '.join(str(n) for n in members[0].full_shape)}" for kind, members in lines.items()]
+            labels = [f"{short(kind)}  {' x '.join(str(n) for n in members[0].full_shape)}" for kind, members in lines.items()]
             figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
         if path is not None:
-            _save(figure, path)
+            save(figure, path)
         return figure
 
 
@@ -104,7 +104,7 @@ def draw_budget(axes: Any, sites: Sequence[Site], threshold: float, parameters: 
     steps = sorted({*_STEPS, threshold})
     counts = budget(sites, steps)
     chosen = counts[steps.index(threshold)]
-    axes.plot(steps, counts, color=_COLOURS[0], lw=2)
+    axes.plot(steps, counts, color=COLOURS[0], lw=2)
     axes.plot([threshold, threshold, 0], [0, chosen, chosen], color=_INK, lw=1, ls="--")
     axes.plot([threshold], [chosen], "o", color=_INK, ms=7)
     left = threshold < 0.5
@@ -131,7 +131,8 @@ def _on(at: torch.Tensor, site: Site) -> torch.Tensor:
     return y[right - 1] + (at - x[right - 1]) / (x[right] - x[right - 1]) * (y[right] - y[right - 1])
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """Draw a Figure to an image file; CheckpointError where that cannot be."""
     try:
         if Path(path).is_dir():  # matplotlib would write beside it, under its name with an ending
             raise IsADirectoryError("it is a folder")
@@ -140,6 +141,7 @@ def _save(figure: Any, path: str | Path) -> None:
         raise CheckpointError(f"The plot cannot be written to {path}: {error}. Name a .png in a folder that exists.") from error
 
 
-def _short(kind: str) -> str:
+def short(kind: str) -> str:
+    """The last two words of a kind's name."""
     parts = [part for part in kind.partition(" ")[0].removesuffix(".weight").split(".") if part != "*"]
     return ".".join(parts[-2:])

@@ -15,6 +15,7 @@ from sarac.folders import Folder
 from sarac.ir import check
 from sarac.ir.cache import switched
 from sarac.ir.errors import InputError, RewriteError, SaracWarning
+from sarac.ir.gates import slots, watching
 from sarac.ir.graph import Folded, ModelGraph
 from sarac.ir.inputs import Inputs, InputSpec
 from sarac.ir.layers import adapted, evaluating
@@ -22,7 +23,6 @@ from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import keep_inputs, record_of
 from sarac.ir.spectrum import require_share
-from sarac.ir.terms import observing
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
 from sarac.passes.fold import Fold
@@ -154,28 +154,15 @@ def fold(
 
 def mean_gates(model: nn.Module, batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """The mean gates (sets,) of every routed site over these inputs, in eval mode."""
-    sites = {}
-    for _, module, state in adapted(model):
-        for slot in state.slots.values():
-            if not slot.adapter.foldable:
-                sites[id(slot.tensors(module)["shift"])] = slot.site
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def note(shift: Tensor, gates: Tensor) -> None:
-        name, rows = sites[id(shift)], gates.detach().double()
-        # (…, sets), or (…, parts, tokens, sets) of a stack, whose gates are kept apart
-        rows = rows.movedim(-3, 0).flatten(1, -2) if shift.ndim == 3 else rows.flatten(0, -2)
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device="cpu")) + rows.sum(-2).cpu()
-        counts[name] = counts.get(name, 0) + rows.shape[-2]
-
-    with torch.no_grad(), evaluating(model), observing(note):
+    sites = [slot.site for _, slot in slots(model) if not slot.adapter.foldable]
+    with torch.no_grad(), evaluating(model), watching(model) as watch:
         for batch in batches:
             batch.call(model)
-    missing = sorted(set(sites.values()) - set(sums))
+    means = watch.means()
+    missing = sorted(set(sites) - set(means))
     if missing:
         raise InputError(f"The calibration inputs never reach {missing[0]} ({len(missing)} sites): give inputs that do.")
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+    return means
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ MAY_IMPORT = {
     "ir.record": "ir.errors ir.adapters ir.plan ir.layers",
     "ir.match": "ir.layout ir.terms",
     "ir.graph": "ir.errors ir.inputs ir.layout ir.spectrum ir.adapters ir.plan ir.weight ir.layers ir.match",
+    "ir.gates": "ir.terms ir.weight ir.layers",
+    "ir.health": "ir.adapters ir.gates ir.gram ir.graph ir.layout ir.start ir.weight",
     "ir.clone": "ir.errors ir.weight ir.layers",
     "ir.processes": "ir.errors",
     "ir.measure": "ir.cache ir.certify ir.gram ir.graph ir.processes ir.spectrum",
@@ -98,9 +100,14 @@ MAY_IMPORT = {
     "figures": "ir.*",
     "tables": "ir.* figures",
     "plots": "ir.* figures",
+    "charts": "plots",
     "page": "ir.* figures",
     "tuning": "ir.* tables",
     "scheduling": "ir.* tables",
+    "findings": "ir.*",
+    "survey": "ir.* passes.* scheduling",
+    "diagnosis": "ir.* charts findings survey tables",
+    "monitor": "ir.* charts diagnosis findings survey",
     "report": "ir.* figures tables plots page scheduling",
     "text": "ir.*",
     "planning": "ir.* passes.* trace checkpoint text",
@@ -154,9 +161,9 @@ FILE_LINES, FUNCTION_LINES = 300, 40
 
 PUBLIC = set(
     "analyze transform fold fold_onnx export save load save_adapter save_onnx_adapter load_adapter use "
-    "accumulating adapters disabled recommended_lr schedule tune trace run plan Plan Sara MoSara SaracError TraceError "
+    "accumulating adapters diagnose disabled recommended_lr schedule tune trace run plan Plan Sara MoSara SaracError TraceError "
     "SpectrumError PlanError RewriteError WeightError NotFoldable "
-    "CheckFailed InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph "
+    "Monitor CheckFailed InputError CheckpointError ExportError SaracWarning ExportReport ModelGraph "
     "Runtime Site verify __version__".split()
 )
 

@@ -75,8 +75,7 @@ class Site:
     @property
     def depth(self) -> int | None:
         """The first number in the name: the layer, by the convention of nearly every model."""
-        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(found[1]) if found else None
+        return layer_of(self.name)
 
     def facts(self, threshold: float) -> dict[str, Any]:
         """What goes into `node.meta`: the weight, its shape and the threshold rank, where what was measured tells it."""
@@ -212,6 +211,12 @@ def output_size(node: fx.Node) -> int:
 def starred(name: str) -> str:
     """A parameter's name with its numbers starred: what equal ones of all layers share."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a parameter's name."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def within(name: str, modules: Collection[str]) -> bool:

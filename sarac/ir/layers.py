@@ -124,6 +124,11 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, nn.Module, State]]:
             yield path, module, module.__dict__["_sara"]
 
 
+def by_call(module: nn.Module, slot: Slot) -> bool:
+    """Whether the module's own forward calls the adapter; else it reads the effective weight."""
+    return slot.attribute("u") in getattr(type(module), "__sara_source__", "")
+
+
 def _holds(module: nn.Module, guard: Guard) -> bool:
     """Whether what the forward was specialised to still is so; a method counts as its function."""
     now: Any = module
@@ -180,7 +185,7 @@ def _adapted_class(base: Any, params: tuple[str, ...], forward: Forward | None) 
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        body |= {"__sara_base__": base, **overrides(base, params)}
+        body |= {"__sara_base__": base, "__sara_source__": key[2], **overrides(base, params)}
         for param in params:
             body[param] = property(_getter(param), doc="The effective weight W + U diag(λ) V.")
             body[base_attribute(param)] = property(_base_getter(param), doc="The untouched base weight.")

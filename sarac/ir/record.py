@@ -31,7 +31,7 @@ from sarac.ir.plan import Plan
 FOLDER_FILE = "sarac.json"
 FOLDER_MARK = "transformers_weights"  # the config's entry that from_pretrained takes for the name of the weights' file
 # A rate this many times below the recommended one hardly moves a relative shift in a usual run.
-_TOO_LOW = 10.0
+TOO_LOW = 10.0
 try:
     __version__ = version("sarac")
 except PackageNotFoundError:  # run from a source tree that was never installed
@@ -233,12 +233,16 @@ def _check_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     _seen.add(optimizer)
     for group in optimizer.param_groups:
         wanted = min((p._sara_lr for p in group["params"] if hasattr(p, "_sara_lr")), default=0.0)
-        # A warm-up begins near zero, and a one-cycle schedule at a fraction of its peak.
-        peak = max(float(group.get(entry, 0.0)) for entry in ("lr", "initial_lr", "max_lr"))
-        if 0.0 < wanted >= peak * _TOO_LOW:
+        peak = peak_rate(group)
+        if 0.0 < wanted >= peak * TOO_LOW:
             warnings.warn(
                 f"The learning rate {peak:g} is {wanted / peak if peak else float('inf'):.0f} times below the recommended "
                 f"{wanted:g}: relative shifts hardly move at it. Give the optimiser sarac.recommended_lr(model).",
                 SaracWarning,
                 stacklevel=3,
             )
+
+
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """The highest rate of an optimiser's group: a warm-up begins near zero, a one-cycle schedule at a fraction of its peak."""
+    return max(float(group.get(entry, 0.0)) for entry in ("lr", "initial_lr", "max_lr"))

@@ -1,0 +1,189 @@
+"""What an adapter does at its site, in figures: how large its change is, what of it moved, and what it holds.
+
+No weight is made for any of them. With values λ_i = δ_i ⊙ s, gates g whose mean product over the tokens is M = E[g gᵀ], and
+G = (Uᵀ U) ⊙ (V Vᵀ), which is the identity for singular vectors,
+    E ‖Δ‖² = Σ_ij M_ij λ_iᵀ G λ_j        (‖A‖² = tr(A Aᵀ) of A = U diag(λ) V)
+and for one set of singular values that train ‖Δ‖ = ‖δ ⊙ s‖.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sarac.ir.adapters import MoSara, Sara
+from sarac.ir.gates import Gates, Watch, sizes_of, slots, stored
+from sarac.ir.gram import zero_floor
+from sarac.ir.graph import layer_of, starred
+from sarac.ir.layout import dense
+from sarac.ir.start import Tensors
+from sarac.ir.weight import Slot
+
+_ROUTER = ("router", "router_in")
+_STILL = 1e-3  # of the largest shift: what moved less did not move
+_ABOVE = 1.0 + 1e-5  # s is stored in float32, its floor was computed in float64
+
+
+@dataclass(frozen=True)
+class Health:
+    """The figures of one site. Norms are Frobenius's, bytes are as stored; None where there is no such figure."""
+
+    site: str
+    method: str
+    trains: tuple[str, ...]
+    shape: tuple[int, ...]  # (out, in) or (parts, out, in)
+    dtype: str
+    rank: float  # of a stack the mean
+    lr: float  # the rate that the adapter recommends
+    finite: bool  # whether what trains and its gradients are
+    delta: float  # ‖Δ‖ / ‖W‖, of a routed site the root of its mean square over the tokens
+    moved: float  # root mean square of δ, which started at 0
+    largest: float  # of |δ|
+    still: float  # the share of δ that moved less than 1/1000 of the largest
+    covered: float | None  # Σ s² of the k directions over ‖W‖²; None where they are no singular ones
+    floored: int  # directions whose singular value counts as zero
+    grad: float | None  # norm of the gradient of all that trains here
+    router_grad: float | None
+    gates: Gates | None
+    likeness: float | None  # mean cosine of each two of the sets' δ_i
+    adapters: int  # bytes that train
+    factors: int  # bytes of the frozen rest: U, V and s
+    base: int  # bytes of the weight
+    tokens: int  # rows of the call that was seen last
+    kept: int = 0  # bytes from the forward to the backward
+    lost: float | None = None  # the share ‖round(W + Δ) - W - Δ‖ / ‖Δ‖ of Δ that merging into the weight's dtype loses
+
+    @property
+    def kind(self) -> str:
+        """The name with its numbers starred."""
+        return starred(self.site)
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name."""
+        return layer_of(self.site)
+
+    @property
+    def share(self) -> float:
+        """k / n with n = min(out, in)."""
+        return self.rank / min(self.shape[-2:])
+
+
+def health(
+    module: nn.Module, slot: Slot, norm: float, watch: Watch, gradient: Callable[[Tensor], Tensor | None]
+) -> Health:  # fmt: skip
+    """The figures of a site, from `norm` = ‖W‖, what was watched, and what gives a tensor's gradient."""
+    adapter, held, weight = slot.adapter, slot.tensors(module), stored(slot, module)
+    tensors = {role: whole(tensor.detach()) for role, tensor in held.items()}
+    grads = {role: whole(found) for role, tensor in held.items() if (found := gradient(tensor)) is not None}
+    own = {role: tensors[role] for role in adapter.trainable}
+    frozen = [tensors[role] for role in tensors if role not in own and role not in adapter.borrowed]
+    size = moves(slot, tensors).abs()
+    scale, singular = tensors["scale"], not (isinstance(adapter, Sara) and adapter.basis == "random")
+    parts, out, inner = sizes_of(slot, module)
+    return Health(
+        site=slot.site,
+        method=adapter.method,
+        trains=adapter.trainable,
+        shape=(parts, out, inner) if parts else (out, inner),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        rank=sum(adapter.parts) / len(adapter.parts) if adapter.parts else adapter.rank,
+        lr=adapter.lr,
+        finite=all(bool(one.isfinite().all()) for one in (*own.values(), *grads.values())),
+        delta=_over(change(slot, tensors, watch), norm),
+        moved=float(size.square().mean().sqrt()),
+        largest=float(size.max()),
+        still=float((size <= _STILL * size.max()).double().mean()) if bool(size.any()) else 0.0,
+        covered=_over(float(scale.double().norm()), norm) ** 2 if singular else None,
+        floored=floored(scale, torch.empty((out, inner), dtype=weight.dtype, device="meta")) if singular else 0,
+        grad=_norm(grads[role] for role in adapter.trainable if role in grads),
+        router_grad=_norm(grads[role] for role in _ROUTER if role in grads),
+        gates=watch.gates(slot.site),
+        likeness=likeness(tensors["shift"]) if sets_of(slot) > 1 else None,
+        adapters=_bytes(own.values()),
+        factors=_bytes(frozen),
+        base=weight.numel() * weight.element_size(),
+        tokens=watch.tokens.get(slot.site, 0),
+    )
+
+
+def change(slot: Slot, tensors: Tensors, watch: Watch | None = None) -> float:
+    """‖Δ‖, of a routed site the root of its mean square over the tokens; with equal gates where none were seen."""
+    many = sets_of(slot) > 0
+    shift, scale = tensors["shift"].double(), tensors["scale"].double().unsqueeze(-2)
+    values = (shift if many else shift.unsqueeze(-2)) * scale
+    values = values.mean(-2, keepdim=True) if slot.adapter.foldable else values
+    seen, count = watch.product(slot.site) if watch else None, values.shape[-2]
+    product = values.new_full((count, count), 1.0 / count**2) if seen is None else seen.to(values)
+    turned = values
+    if {"u", "v"} & set(slot.adapter.trainable):  # they need not be orthonormal any more
+        u, v = tensors["u"].double(), tensors["v"].double()
+        turned = values @ ((u.mT @ u) * (v @ v.mT))
+    square = float((product * (turned @ values.mT)).sum())
+    return 0.0 if square <= 0.0 else math.sqrt(square)
+
+
+def moves(slot: Slot, tensors: Tensors) -> Tensor:
+    """δ of every set and matrix as one vector in float64, without what pads a stack: its scale is zero for good."""
+    shift, scale = tensors["shift"], tensors["scale"]
+    real = (scale.unsqueeze(-2) if sets_of(slot) else scale) != 0
+    found: Tensor = shift[real.expand_as(shift)].double()
+    return found
+
+
+def likeness(shift: Tensor) -> float | None:
+    """The mean cosine of each two sets' δ_i, from δ (sets, k) or (parts, sets, k); None where fewer than two moved."""
+    found = []
+    for part in shift.double() if shift.ndim == 3 else shift.double()[None]:
+        rows = part[part.norm(dim=-1) > 0]
+        if len(rows) > 1:
+            unit = rows / rows.norm(dim=-1, keepdim=True)
+            found.append(float(((unit @ unit.mT).sum() - len(rows)) / (len(rows) * (len(rows) - 1))))
+    return sum(found) / len(found) if found else None
+
+
+def floored(scale: Tensor, weight: Tensor) -> int:
+    """How many singular values s (k,) or (parts, k) of a weight of this shape and dtype count as zero, without padding."""
+    found = 0
+    for row in scale.double().reshape(-1, scale.shape[-1]):
+        limit = zero_floor(weight, float(row.max())) * _ABOVE
+        found += int(((row != 0) & (row <= limit)).sum())
+    return found
+
+
+def norms(model: nn.Module) -> dict[str, float]:
+    """‖W‖ of every adapted weight, de-quantised where it is quantised."""
+    found = {slot.site: whole(dense(stored(slot, module).detach())) for module, slot in slots(model)}
+    return {site: float(torch.linalg.vector_norm(weight, dtype=torch.float64)) for site, weight in found.items()}
+
+
+def sets_of(slot: Slot) -> int:
+    """How many vectors δ has at a site; 0 where it is one vector, not a stack of sets."""
+    return slot.adapter.sets if isinstance(slot.adapter, MoSara) else 0
+
+
+def equal_gates(model: nn.Module) -> dict[str, Tensor]:
+    """Gates of 1 / sets for every routed site."""
+    routed = [slot for _, slot in slots(model) if not slot.adapter.foldable]
+    return {slot.site: torch.full((sets_of(slot),), 1.0 / sets_of(slot)) for slot in routed}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, which every process must take part in; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _norm(grads: Iterable[Tensor]) -> float | None:
+    found = [float(torch.linalg.vector_norm(grad, dtype=torch.float64)) for grad in grads]
+    return math.hypot(*found) if found else None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _over(top: float, bottom: float) -> float:
+    return 0.0 if top == 0.0 else top / bottom if bottom > 0.0 else math.inf
