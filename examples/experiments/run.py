@@ -1,0 +1,237 @@
+"""Run studies: side by side in several processes, in the order of their value, each finished run a line on disk.
+
+    PYTHONPATH=examples python -m experiments.run --model tiny --results out/results.jsonl         (a try on a CPU)
+    PYTHONPATH=examples python -m experiments.run 3 2 --model FOLDER --name smollm2 --tokens tokens.pt --seconds 540
+
+A run that the file has already is skipped, so a call that was stopped goes on where it was. First comes the search for learning
+rates that the chosen studies need, then their runs, then timings, each alone on the machine. `--dry` prints what would be run.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.making import program_key
+from experiments.methods import METHODS, search_specs, searched_by
+from experiments.search import Search
+from experiments.spec import SEARCH_SEED, Spec, merged, missing
+
+BY_VALUE = (3, 2, 4, 5, 6, 8, 7)
+FILES = {
+    2: "study_2_budgets", 3: "study_3_allocation", 4: "study_4_threshold", 5: "study_5_routing", 6: "study_6_forgetting",
+    7: "study_7_start", 8: "study_8_multitask",
+}  # fmt: skip
+TOGETHER = 4  # runs of one program that a process takes at a time
+STEP_S, RUN_S = 0.018, 0.8  # what a step of 16 x 256 tokens and what goes around a run take of a GPU, for the estimate
+ROUNDS = 2  # how often a search goes on where its best rate lies at the edge
+
+
+def study(number: int) -> Any:
+    """The module of a study."""
+    return importlib.import_module(f"experiments.{FILES[number]}")
+
+
+def wanted(numbers: Sequence[int], model: str) -> list[Spec]:
+    """The runs of the studies in the order of their value, each once."""
+    return merged(spec for number in BY_VALUE if number in numbers for spec in study(number).specs(model))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; a last one that was cut off is none."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def groups(specs: Sequence[Spec]) -> list[list[Spec]]:
+    """Runs that can share a program together, at their first one's place."""
+    found: dict[tuple[Any, ...], list[list[Spec]]] = {}
+    ordered: list[list[Spec]] = []
+    for spec in specs:
+        mine = found.setdefault(program_key(spec), [])
+        if not mine or len(mine[-1]) >= TOGETHER:
+            mine.append([])
+            ordered.append(mine[-1])
+        mine[-1].append(spec)
+    return ordered
+
+
+def estimate(specs: Sequence[Spec]) -> float:
+    """GPU seconds of these runs."""
+    return sum(RUN_S + STEP_S * spec.steps for spec in specs)
+
+
+def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
+    """A process: load the model once, then make the runs that come, until there are none or the time is over."""
+    from experiments.runner import Place, run
+
+    place = None
+    while (given := inbox.get()) is not None:
+        for spec in given:
+            if time.time() > options.until:
+                outbox.put((spec.identity, None))
+                continue
+            try:
+                if place is None:
+                    place = Place.open(options.name, options.model, options.tokens, options.device, options.texts)
+                line = run(spec, place)
+            except Exception as error:  # noqa: BLE001 - one run that fails is a line; the others go on
+                told = traceback.format_exception(error)
+                line = {"id": spec.identity, "spec": vars(spec), "error": "".join(told)[-1500:]}
+                if place is not None:
+                    place.program, place.key = None, ()
+            outbox.put((spec.identity, line))
+
+
+class Crew:
+    """The processes and the file: what they finish is written here, by one writer."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.lines = options, read(options.results)
+        context = multiprocessing.get_context("spawn")
+        self.inbox, self.outbox = context.Queue(), context.Queue()
+        self._start = lambda: context.Process(target=work, args=(options, self.inbox, self.outbox), daemon=True)
+        self.processes: list[Any] = []
+
+    def run(self, specs: Sequence[Spec], count: int) -> None:
+        """Have these made by so many processes; returns when all are done, or the time is over."""
+        todo = missing(specs, self.lines)
+        while todo and len(self.processes) < count:
+            self.processes.append(self._start())
+            self.processes[-1].start()
+        for group in groups(todo):
+            self.inbox.put(group)
+        left = {spec.identity for spec in todo}
+        while left and any(process.is_alive() for process in self.processes):
+            try:
+                identity, line = self.outbox.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            left.discard(identity)
+            if line is not None:
+                self.keep(line, len(left))
+
+    def keep(self, line: dict[str, Any], left: int) -> None:
+        """Append a line."""
+        self.options.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        spec = line["spec"]
+        told = line["error"].strip().splitlines()[-1] if "error" in line else f"nll {line.get('nll', line.get('ms_step')):.4f}"
+        shown = f"{spec['method']} {spec['plan']} {spec['task']} seed {spec['seed']} lr {spec['lr']:g}: {told}"
+        how = "" if line.get("graph", True) else f", eager ({line.get('why_eager')})"
+        print(
+            f"[{self.options.until - time.time():.0f} s left, {left} to do] {shown}, {line.get('total_s', 0):.1f} s{how}",
+            flush=True,
+        )
+
+    def dismiss(self) -> None:
+        """Let the processes end."""
+        for _ in self.processes:
+            self.inbox.put(None)
+        for process in self.processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.terminate()
+        self.processes = []
+
+
+def searching(specs: Sequence[Spec], model: str) -> list[Spec]:
+    """The search that these runs need."""
+    pairs = {pair for pair in map(searched_by, specs) if pair is not None}
+    batch = specs[0].batch if specs else 16
+    return [Spec(**{**vars(spec), "batch": batch}) for spec in search_specs(pairs, model, *small(model))]
+
+
+def small(model: str) -> tuple[Any, ...]:
+    """The task and the steps of the search, where the model has others."""
+    return ("sums", 12) if model == "tiny" else ()
+
+
+def conduct(options: argparse.Namespace) -> None:
+    """The search, the runs, the timings."""
+    specs = wanted(options.studies, options.name)
+    crew = Crew(options)
+    untimed = [spec for spec in specs if spec.kind != "timing"]
+    crew.run(searching(specs, options.name), options.processes)
+    for _ in range(ROUNDS):
+        crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], options.processes)
+    ready, waiting = Search(crew.lines).resolved(untimed)
+    crew.run(ready, options.processes)
+    crew.dismiss()
+    timed, more = Search(crew.lines).resolved([spec for spec in specs if spec.kind == "timing"])
+    crew.run(timed, 1)
+    crew.dismiss()
+    left = missing([*ready, *timed], crew.lines)
+    print(f"{len(crew.lines)} lines in {options.results}; {len(left) + len(waiting) + len(more)} runs are left.")
+
+
+def dry(options: argparse.Namespace) -> None:
+    """What there is to do, and what it would take."""
+    lines = read(options.results)
+    specs = wanted(options.studies, options.name)
+    search = searching(specs, options.name)
+    ready, waiting = Search(lines).resolved(specs)
+    todo = [*missing(search, lines), *missing(ready, lines), *waiting]
+    for (method, plan, task, steps, kind), count in Counter((s.method, s.plan, s.task, s.steps, s.kind) for s in todo).items():
+        print(f"{count:3} x {METHODS[method].label:32} {plan:44} {task:24} {steps:4} steps {kind}")
+    searches = sum(spec.seed == SEARCH_SEED for spec in todo)
+    print(f"{len(todo)} runs, {searches} of them search; about {estimate(todo):.0f} s of a GPU")
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", type=int, default=list(BY_VALUE), help="by number; all of them by default")
+    parser.add_argument("--model", default="tiny", help="a transformers folder, smollm2 (from the package), or tiny")
+    parser.add_argument("--name", default="", help="what lines call the model; by default the folder's name")
+    parser.add_argument("--tokens", default="", help="the file that experiments.data made; tiny needs none")
+    parser.add_argument("--results", type=Path, default=Path("demo-out/experiments/results.jsonl"))
+    parser.add_argument("--processes", type=int, default=0, help="6 on CUDA, 1 on the CPU")
+    parser.add_argument("--device", default="")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after these no new run starts")
+    parser.add_argument("--dry", action="store_true", help="print what would be run")
+    options = parser.parse_args(arguments)
+    options.until = time.time() + options.seconds
+    if options.model == "smollm2":
+        import smollm2  # beside this package in examples/
+
+        options.model = str(smollm2.plain_folder(Path("demo-out/smollm2")))
+    options.name = options.name or Path(options.model).name
+    options.texts = str(options.results.parent / "texts")
+    return options
+
+
+def main() -> None:
+    options = parsed()
+    if options.dry:
+        dry(options)
+        return
+    import torch
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.processes = options.processes or (6 if options.device == "cuda" else 1)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # of each process: they share the cores
+    if options.model != "tiny" and os.environ.get("SARAC_CACHE") != "off":
+        os.environ.setdefault("SARAC_CACHE", str(options.results.parent / "cache"))
+    conduct(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""One run: from a spec to one JSON line with all that repeating it needs."""
+
+import gc
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments import data, routing, scoring, tiny
+from experiments.bench import Bench, slots
+from experiments.making import make, program_key
+from experiments.methods import METHODS
+from experiments.spec import Spec
+from experiments.training import CAUSAL, Program, Trainable, mean_nll, order, whole
+
+TIMED = 20  # steps of a timing, alone on the machine
+PACKAGES = ("torch", "transformers", "peft", "sarac")
+
+
+@dataclass
+class Place:
+    """Where runs are made: the base model on its device, the tokens, and the program of the last run."""
+
+    name: str
+    bench: Bench
+    tokens: dict[str, Any]
+    words: Any
+    about: dict[str, Any]
+    key: tuple[Any, ...] = ()
+    program: Program | None = None
+    texts: Path | None = None  # where generated texts are appended
+    untouched: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str, model: str, tokens: str, device: str, texts: str = "") -> "Place":
+        """The model by its folder, or `tiny`; tokens by their file."""
+        if model == "tiny":
+            base, words, made = tiny.model(), tiny.Bytes(), data.prepare_tiny()
+        else:
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            words, made = data.Words(Path(model)), torch.load(tokens, weights_only=True)
+        base.config._attn_implementation = CAUSAL
+        base.config.use_cache = False
+        base = base.to(device).eval().requires_grad_(False)
+        about = {
+            "versions": {package: version(package) for package in PACKAGES}, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "revision": revision(), "data": made["about"],
+        }  # fmt: skip
+        return cls(name, Bench(base), made, words, about, texts=Path(texts) if texts else None)
+
+    def tasks(self, spec: Spec) -> dict[str, Any]:
+        """The sets that a spec trains on, by name."""
+        return {name: self.tokens["tasks"][name] for name in spec.task.split("+")}
+
+    def prepared(self, spec: Spec) -> Program:
+        """The program that serves this spec, at its start: the last one where it fits, else a new one."""
+        key = program_key(spec)
+        if self.program is None or self.key != key:
+            self.program = None
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            tasks = list(self.tasks(spec).values())
+            length, width = max(task["length"] for task in tasks), max(task["width"] for task in tasks)
+            rows = joined([task["train"] for task in tasks], length, self.words.pad)
+            self.program, self.key = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1), key
+        self.program.reset()
+        return self.program
+
+
+def revision() -> str:
+    """The git revision of the checkout, "" where there is none."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def joined(parts: list[Mapping[str, torch.Tensor]], length: int, pad: int) -> dict[str, torch.Tensor]:
+    """Rows of several sets behind each other, padded to one length."""
+    ids = [nn.functional.pad(part["ids"], (0, length - part["ids"].shape[1]), value=pad) for part in parts]
+    return {"ids": torch.cat(ids), "bounds": torch.cat([part["bounds"] for part in parts])}
+
+
+def run(spec: Spec, place: Place) -> dict[str, Any]:
+    """Make one run; its line."""
+    started = time.perf_counter()
+    line = {"id": spec.identity, "spec": asdict(spec), "about": place.about}
+    if METHODS[spec.method].family == "untouched":
+        made = make(spec, place.bench)
+        return {**line, "trained": 0, **measured(spec, place, made, ""), "total_s": time.perf_counter() - started}
+    program = place.prepared(spec)
+    made, tasks = program.made, place.tasks(spec)
+    line |= {"trained": sum(parameter.numel() for parameter in program.params), "plan_about": made.about}
+    line |= {"graph": program.graph is not None, "why_eager": program.why_eager, "peak_gib": program.peak}
+    if spec.kind == "timing":
+        rows = order([len(task["train"]["ids"]) for task in tasks.values()], spec.batch, TIMED, spec.seed)
+        program.train(rows, spec.lr)
+        _, seconds = program.train(rows, spec.lr)
+        return {**line, "ms_step": 1e3 * seconds / TIMED}
+    before = measured(spec, place, made, "_before", extras=False)
+    rows = order([len(task["train"]["ids"]) for task in tasks.values()], spec.batch, spec.steps, spec.seed)
+    losses, seconds = program.train(rows, spec.lr)
+    line |= {"losses": [round(loss, 4) for loss in losses[:: max(1, spec.steps // 20)]], "last_loss": losses[-1]}
+    line |= {**before, "train_s": seconds, "diverged": not math.isfinite(losses[-1])}
+    return {**line, **measured(spec, place, made, ""), "total_s": time.perf_counter() - started}
+
+
+def measured(spec: Spec, place: Place, made: Trainable, suffix: str, extras: bool = True) -> dict[str, Any]:
+    """The nll on test rows, on those held out for the search, on unrelated text; then what the spec asks for beside them."""
+    tasks = place.tasks(spec)
+    parts = ("test", "valid") if extras else ("test",)
+    found: dict[str, Any] = {}
+    for part in parts:
+        each = {name: mean_nll(made.model, made.inner, task[part], task["width"]) for name, task in tasks.items()}
+        found["nll" if part == "test" else "valid_nll"] = sum(each.values()) / len(each)
+        if len(each) > 1:
+            found[f"{'nll' if part == 'test' else 'valid_nll'}_by_task"] = each
+    blocks = place.tokens["unrelated"]
+    found["unrelated_nll"] = mean_nll(made.model, made.inner, whole(blocks), blocks.shape[1] - 1)
+    if "routing" in spec.extras:
+        found["routing"] = routing.figures(made.model, made.inner, _routed_tasks(place))
+    if extras and "orthogonality" in spec.extras:
+        found["orthogonality"] = orthogonality(made.model)
+    if extras and "accuracy" in spec.extras:
+        found["accuracy"] = accuracies(spec, place, made)
+    return {f"{name}{suffix}": value for name, value in found.items()}
+
+
+def _routed_tasks(place: Place) -> dict[str, Any]:
+    wanted = [name for name in ("gsm8k", "svamp", "boolq", "e2e") if name in place.tokens["tasks"]]
+    return {name: place.tokens["tasks"][name] for name in wanted or place.tokens["tasks"]}
+
+
+def orthogonality(model: nn.Module) -> dict[str, float]:
+    """‖Uᵀ U − I‖ / √k and the same of V, the mean over the sites."""
+    errors: dict[str, list[float]] = {"u": [], "v": []}
+    for _, adapter, tensors in slots(model):
+        eye = torch.eye(adapter.rank, device=tensors["u"].device)
+        u, v = tensors["u"].detach(), tensors["v"].detach()
+        for role, product in (("u", u.T @ u), ("v", v @ v.T)):
+            errors[role].append(float((product - eye).norm()) / adapter.rank**0.5)
+    return {role: sum(found) / len(found) for role, found in errors.items()}
+
+
+def accuracies(spec: Spec, place: Place, made: Trainable) -> dict[str, Any]:
+    """Of each task what it is scored by; texts that have references are kept for BLEU and ROUGE, which need other packages."""
+    found: dict[str, Any] = {}
+    tasks = place.tasks(spec)
+    for name, task in tasks.items():
+        if task["choices"] is not None:
+            right = scoring.weighed(made.model, made.inner, task)
+            found[name] = {"choices": sum(right) / len(right), "rows": len(right)}
+    generating = {name: task for name, task in tasks.items() if task["new"]}
+    if generating:
+        model = made.merge()
+        if METHODS[spec.method].family == "peft":  # merging takes the adapters off the model: the next run makes its own
+            place.program, place.key = None, ()
+        for name, task in generating.items():
+            texts = scoring.generated(model, task, place.words)
+            if name != "e2e":
+                right = scoring.exact(texts, task["references"])
+                found[name] = {"exact": sum(right) / len(right), "rows": len(right)}
+            elif place.texts is not None:
+                found[name] = {"rows": len(texts), "texts": place.texts.name}
+                keep_texts(place.texts, spec, name, texts)
+    return found
+
+
+def keep_texts(folder: Path, spec: Spec, task: str, texts: list[str]) -> None:
+    """Write what was generated beside the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{spec.identity}.{task}.txt").write_text("\n".join(" ".join(text.split()) for text in texts), encoding="utf-8")

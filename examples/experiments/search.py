@@ -1,0 +1,56 @@
+"""The search for learning rates: which rate was best, whether it lies at the edge of what was tried, what to try next."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from experiments.methods import RATES, searched_by
+from experiments.spec import SEARCH_SEED, Spec
+
+Line = Mapping[str, Any]
+
+
+class Search:
+    """What the lines of a search say, by method and plan."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.found: dict[tuple[str, str], dict[float, float]] = {}
+        self._specs: dict[tuple[str, str], Spec] = {}
+        for line in lines:
+            spec = Spec.of(line)
+            if spec.seed == SEARCH_SEED and "error" not in line:
+                pair = (spec.method, spec.plan)
+                nll = line["valid_nll"]
+                self.found.setdefault(pair, {})[spec.lr] = nll if nll == nll else float("inf")
+                self._specs[pair] = spec
+
+    def best(self, pair: tuple[str, str]) -> float | None:
+        """The rate with the lowest nll on the rows that are held out of training; None where nothing was searched."""
+        tried = self.found.get(pair)
+        return min(tried, key=lambda rate: tried[rate]) if tried else None
+
+    def at_edge(self, pair: tuple[str, str]) -> bool:
+        """Whether the best rate is the lowest or the highest that was tried."""
+        tried = self.found[pair]
+        return self.best(pair) in (min(tried), max(tried))
+
+    def further(self) -> list[Spec]:
+        """One more rate, on the log grid, for each search whose best lies at its edge."""
+        more = []
+        for pair, tried in self.found.items():
+            best = self.best(pair)
+            if best is None or not self.at_edge(pair):
+                continue
+            index = RATES.index(best) + (1 if best == max(tried) else -1)
+            if 0 <= index < len(RATES):
+                more.append(replace(self._specs[pair], lr=RATES[index], extras=()))
+        return more
+
+    def resolved(self, specs: Sequence[Spec]) -> tuple[list[Spec], list[Spec]]:
+        """The specs with their rates, and those whose search is missing."""
+        done, waiting = [], []
+        for spec in specs:
+            pair = searched_by(spec)
+            rate = self.best(pair) if pair else spec.lr
+            (waiting if rate is None else done).append(spec if rate is None else replace(spec, lr=rate))
+        return done, waiting
