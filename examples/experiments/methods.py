@@ -8,7 +8,7 @@ from experiments.spec import BEST, SEARCH_SEED, Spec
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3))  # a log grid: 1, 3, 10, 30, …
 SEARCHED = 4  # rates of it that each method is tried at
-SEARCH_STEPS = 80
+SEARCH_STEPS = 60
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Crew:
         shown = f"{spec['method']} {spec['plan']} {spec['task']} seed {spec['seed']} lr {spec['lr']:g}: {told}"
         how = "" if line.get("graph", True) else f", eager ({line.get('why_eager')})"
         print(
-            f"[{self.options.until - time.time():.0f} s left, {left} to do] {shown}, {line.get('total_s', 0):.1f} s{how}",
+            f"{left} to do, {time.time() - self.options.since:.0f} s: {shown}, {line.get('total_s', 0):.1f} s{how}",
             flush=True,
         )
 
@@ -208,7 +208,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="after these no new run starts")
     parser.add_argument("--dry", action="store_true", help="print what would be run")
     options = parser.parse_args(arguments)
-    options.until = time.time() + options.seconds
+    options.since = time.time()
+    options.until = options.since + options.seconds
     if options.model == "smollm2":
         import smollm2  # beside this package in examples/
 

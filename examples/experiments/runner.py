@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ class Place:
     key: tuple[Any, ...] = ()
     program: Program | None = None
     texts: Path | None = None  # where generated texts are appended
-    untouched: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str, model: str, tokens: str, device: str, texts: str = "") -> "Place":
@@ -106,11 +105,11 @@ def run(spec: Spec, place: Place) -> dict[str, Any]:
         program.train(rows, spec.lr)
         _, seconds = program.train(rows, spec.lr)
         return {**line, "ms_step": 1e3 * seconds / TIMED}
-    before = measured(spec, place, made, "_before", extras=False)
+    program.before = program.before or measured(spec, place, made, "_before", extras=False)
     rows = order([len(task["train"]["ids"]) for task in tasks.values()], spec.batch, spec.steps, spec.seed)
     losses, seconds = program.train(rows, spec.lr)
     line |= {"losses": [round(loss, 4) for loss in losses[:: max(1, spec.steps // 20)]], "last_loss": losses[-1]}
-    line |= {**before, "train_s": seconds, "diverged": not math.isfinite(losses[-1])}
+    line |= {**program.before, "train_s": seconds, "diverged": not math.isfinite(losses[-1])}
     return {**line, **measured(spec, place, made, ""), "total_s": time.perf_counter() - started}
 
 

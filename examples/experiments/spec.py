@@ -24,7 +24,7 @@ class Spec:
     task: str = "gsm8k"
     seed: int = 0
     lr: float = BEST
-    steps: int = 150
+    steps: int = 120
     batch: int = 16
     model: str = "smollm2"
     kind: str = "run"

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def row_nll(model: nn.Module, inner: Any, rows: Mapping[str, Tensor], width: int
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = most or (32 if device.type == "cuda" else 8)
+    size = most or (64 if device.type == "cuda" else 8)
     sums, counts = [], []
     for ids, bounds in zip(rows["ids"].split(size), rows["bounds"].split(size), strict=True):
         nll, inside = token_nll(inner, ids.to(device).long(), bounds.to(device).long(), width)
@@ -129,6 +130,7 @@ class Program:
         self.optimizer = torch.optim.AdamW(self.params, lr=self.lr, weight_decay=0.0, **how)
         self.first = [parameter.detach().clone() for parameter in self.params]
         self.loss = torch.zeros((), device=device)
+        self.before: dict[str, Any] = {}  # what was measured at the start
         self.graph: Any = None
         self.why_eager = "" if cuda else "no CUDA"
         if cuda:
@@ -154,7 +156,8 @@ class Program:
         """Three steps at a rate of 0 on a side stream, then one as a graph; what cannot be captured runs as it is."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a rate of 0 is meant
             for _ in range(TRIED):
                 self._step()
                 self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,114 @@
+"""The lines of a file of results, asked by the specs that they were made by, and the tables that are made of them."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.intervals import Mean, mean, paired
+from experiments.methods import METHODS, searched_by
+from experiments.search import Search
+from experiments.spec import SEARCH_SEED, Spec
+
+Line = Mapping[str, Any]
+Value = Callable[[Line], Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table: what it is called, and the spec whose seeds it is the mean of."""
+
+    label: str
+    spec: Spec
+
+
+class Lines:
+    """All lines; of a run that was made twice the last counts."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.all = list(lines)
+        self.search = Search(self.all)
+        self._known: dict[tuple[Any, ...], dict[int, Line]] = {}
+        for line in self.all:
+            spec = Spec.of(line)
+            if "error" not in line and spec.seed != SEARCH_SEED:
+                self._known.setdefault((*spec.cell, spec.lr), {})[spec.seed] = line
+
+    @property
+    def errors(self) -> list[Line]:
+        """The runs that failed, and have not been made since."""
+        done = {line["id"] for line in self.all if "error" not in line}
+        return [line for line in {line["id"]: line for line in self.all if "error" in line}.values() if line["id"] not in done]
+
+    def of(self, spec: Spec) -> dict[int, Line]:
+        """The lines of a spec's cell by seed, at the rate that the search gives it."""
+        pair = searched_by(spec)
+        rate = self.search.best(pair) if pair else spec.lr
+        return self._known.get((*spec.cell, rate), {}) if rate is not None else {}
+
+    def values(self, spec: Spec, value: Value | str = "nll") -> dict[int, float]:
+        """One figure of every seed; seeds that do not have it are left out."""
+        get: Value = (lambda line: line.get(value)) if isinstance(value, str) else value
+        found = {seed: get(line) for seed, line in self.of(spec).items()}
+        return {seed: float(one) for seed, one in found.items() if one is not None}
+
+    def mean(self, spec: Spec, value: Value | str = "nll") -> Mean | None:
+        """Its mean over the seeds."""
+        found = list(self.values(spec, value).values())
+        return mean(found) if found else None
+
+    def timing(self, spec: Spec) -> Line | None:
+        """The line of steps that a method took alone on the machine."""
+        return self.of(replace(spec, kind="timing", steps=20, seed=0)).get(0)
+
+    def rate(self, spec: Spec) -> str:
+        """The rate as tables show it; a star where it lies at the edge of what was searched."""
+        pair = searched_by(spec)
+        best = self.search.best(pair) if pair else (spec.lr or None)
+        return "" if best is None else f"{best:g}{'*' if pair and self.search.at_edge(pair) else ''}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def comparison(lines: Lines, entries: Sequence[Entry], reference: Entry | None = None) -> str:
+    """Entries side by side: what trains, the rate, the nll with its interval, the difference from the reference, what it cost."""
+    heads = ["", "trains", "rate", "nll", *(["less that of " + reference.label] if reference else []), "unrelated nll",
+             "s a run", "ms a step alone", "peak GiB", "seeds"]  # fmt: skip
+    base = lines.values(reference.spec) if reference else {}
+    rows = []
+    for entry in entries:
+        found = lines.of(entry.spec)
+        if not found:
+            continue
+        first, nll, other = next(iter(found.values())), lines.mean(entry.spec), lines.mean(entry.spec, "unrelated_nll")
+        gap = paired(lines.values(entry.spec), base) if reference and entry != reference else None
+        alone, peaks = lines.timing(entry.spec), lines.values(entry.spec, "peak_gib").values()
+        seconds = lines.mean(entry.spec, "train_s")
+        rows.append([
+            entry.label, f"{first['trained']:,}", lines.rate(entry.spec), nll.text() if nll else "",
+            *([difference(gap)] if reference else []), other.text() if other else "",
+            f"{seconds.value:.1f}" if seconds else "", f"{alone['ms_step']:.1f}" if alone else "",
+            f"{max(peaks):.1f}" if peaks else "", str(len(found)),
+        ])  # fmt: skip
+    return table(heads, rows) if rows else nothing(entries)
+
+
+def difference(gap: Mean | None) -> str:
+    """A paired difference with its p-value."""
+    if gap is None:
+        return ""
+    return gap.text(signed=True) + ("" if math.isnan(gap.p) else f" (p {gap.p:.2g})")
+
+
+def nothing(entries: Sequence[Entry]) -> str:
+    """What stands where no run has been made yet."""
+    names = sorted({METHODS[entry.spec.method].label for entry in entries})
+    return f"Not run yet: {', '.join(names)}."
+
+
+def left(lines: Lines, specs: Sequence[Spec]) -> int:
+    """How many of these runs no line has."""
+    return sum(spec.seed not in lines.of(spec) for spec in specs)
