@@ -16,11 +16,12 @@ from sarac.ir.record import TOO_LOW
 NEARLY_FULL, SMALL = 0.95, 8  # k / n at which factors are as dear as the weight; below so many values that does not matter
 COVERED = 0.1  # of Σ s²: shifts of less can hardly change the weight
 MOVED, LARGE, STILL = 0.1, 0.3, 0.5  # a shift that shows in outputs, a large one, and how many of one site may stay behind
+BEYOND = 0.01  # of the shifts: a few are of 1 and more after many good steps
 STUCK = 1e-3  # of the largest shift in the model
 LOST = 0.25  # of a delta, by rounding
 EXPLODING, VANISHING = 1e3, 1e-6  # norm of all gradients (usual: 0.1 to 10); one site's over the largest
 UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's gradient over its site's
-COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.99  # the share of one set, the spread of gates, the cosine of sets
+COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.999  # the share of one set, the spread of gates, the cosine of sets
 ENOUGH = 10  # tokens a set: of fewer a set may get none by chance
 STEPS = 3.0  # of Adam at the recommended rate: sets that moved less start out alike, since each gets nearly the same gradient
 PATIENCE = 10  # optimiser steps after which shifts have moved, warm-up or not
@@ -108,14 +109,20 @@ def _dead(one: Health) -> float:
     return float(sum(share < 0.1 / len(_use(one)) for share in _use(one)))
 
 
+def _settled(one: Health) -> bool:
+    """Whether the sets had the time to part."""
+    return one.moved >= STEPS * one.lr
+
+
 def _idle(one: Health) -> float | None:
     grads = one.grad or 0.0, one.router_grad if one.router_grad is not None else math.inf
     entropy = one.gates.entropy if one.gates else 0.0
-    return entropy if entropy >= UNIFORM and grads[0] > 0.0 and grads[1] <= IDLE * grads[0] else None
+    idle = entropy >= UNIFORM and grads[0] > 0.0 and grads[1] <= IDLE * grads[0]
+    return entropy if idle and _settled(one) else None
 
 
 def _blind(one: Health) -> float | None:
-    return one.gates.spread if one.gates and one.gates.spread < BLIND and one.moved >= STEPS * one.lr else None
+    return one.gates.spread if one.gates and one.gates.spread < BLIND and _settled(one) else None
 
 
 _BROKEN = Rule(
@@ -147,9 +154,9 @@ _RANK = (
 )  # fmt: skip
 _SCALE = (
     Rule(
-        "far", lambda one: one.largest if one.largest > 1.0 and one.covered is not None else None, max,
-        "{where}: |δ| reaches {value:.3g}. At δ = -1 a direction is gone and below it is turned over: lower the learning rate "
-        "(sarac.recommended_lr), or give the shifts weight decay.",
+        "far", lambda one: one.largest if one.beyond > BEYOND and one.covered is not None else None, max,
+        "{where}: more than 1 % of |δ| are beyond 1, up to {value:.3g}. At δ = -1 a direction is gone and below it is turned over: "
+        "lower the learning rate (sarac.recommended_lr), or give the shifts weight decay.",
     ),
     Rule(
         "rounded", lambda one: one.lost if one.lost is not None and one.lost > LOST and one.dtype != "float64" else None, max,
@@ -169,7 +176,7 @@ _ROUTER = (
         "in which all of them train.",
     ),
     Rule(
-        "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE and o.moved >= STEPS * o.lr else None), max,
+        "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE and _settled(o) else None), max,
         "{where}: the sets are the same, with a cosine of up to {value:.4f}, so the router cannot choose. Take sets=1, or "
         "router=hard or topk:1, which train them on different tokens.",
     ),

@@ -42,6 +42,7 @@ class Health:
     delta: float  # ‖Δ‖ / ‖W‖, of a routed site the root of its mean square over the tokens
     moved: float  # root mean square of δ, which started at 0
     largest: float  # of |δ|
+    beyond: float  # the share of |δ| of 1 and more
     still: float  # the share of δ that moved less than 1/1000 of the largest
     covered: float | None  # Σ s² of the k directions over ‖W‖²; None where they are no singular ones
     floored: int  # directions whose singular value counts as zero
@@ -96,6 +97,7 @@ def health(
         delta=_over(change(slot, tensors, watch), norm),
         moved=float(size.square().mean().sqrt()),
         largest=float(size.max()),
+        beyond=float((size >= 1.0).double().mean()),
         still=float((size <= _STILL * size.max()).double().mean()) if bool(size.any()) else 0.0,
         covered=_over(float(scale.double().norm()), norm) ** 2 if singular else None,
         floored=floored(scale, torch.empty((out, inner), dtype=weight.dtype, device="meta")) if singular else 0,
