@@ -121,6 +121,7 @@ Threshold = Annotated[float, typer.Option(help="The share of the singular values
 Sites = Annotated[bool, typer.Option("--sites", help="A row for each weight, and the reason for each left out.")]
 Report = Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write a page, DIR/index.html.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw ranks, curves and budget to a .png, .svg or .pdf.")]
+SitesPlot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures by layer.")]
 Data = Annotated[Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help=_DATA)]
 EvalData = Annotated[Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help=_EVAL)]
 Steps = Annotated[int | None, typer.Option(min=1, help="How many steps; else --epochs says it.")]

@@ -162,7 +162,7 @@ def finetune(
     training.require_language_model(opened)
     words = text.tokenizer_of(opened, tokenizer)
     vocabulary = text.vocabulary_of(opened, words)
-    longest = min(length, getattr(getattr(opened, "config", None), "max_position_embeddings", None) or length)
+    longest = text.longest(opened, length)
     rows = text.read_rows(data, words, longest, vocabulary)
     evaluation = text.read_rows(eval_data, words, longest, vocabulary) if eval_data else None
     with busy("Preparing"), switched(not no_cache):
@@ -180,6 +180,7 @@ app.command(epilog="Example: sarac fold-onnx base.onnx adapter.safetensors out.o
 app.command(epilog="Example: sarac convert model.pt lora/ --max-rank 64")(commands.convert)
 
 
+app.command(epilog="Example: sarac diagnose model.pt --data train.jsonl")(commands.diagnose)
 app.command(epilog="Example: sarac tune --device cuda")(commands.tune)
 app.command(epilog="Example: sarac cache --clear")(commands.cache)
 

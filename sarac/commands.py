@@ -12,7 +12,7 @@ from torch import nn
 
 from sarac import arguments as take
 from sarac import convert as forms
-from sarac import emit, onnx_fold, storage, surgery, text, tuning
+from sarac import diagnosis, emit, onnx_fold, storage, surgery, text, tuning
 from sarac.backends import peft
 from sarac.ir.cache import store
 from sarac.ir.errors import CheckpointError
@@ -156,6 +156,35 @@ def convert(
     facts: dict[str, Any] = {"out": str(target), "form": done.form, "sites": done.sites, "rank": done.rank}
     facts |= {"truncation": dict(done.errors), "adapters": done.names}
     show(as_json, json.dumps(facts), done.sentence())
+
+
+def diagnose(
+    model: take.Source,
+    data: take.Data,
+    sites: take.Sites = False,
+    plot: take.SitesPlot = None,
+    batch_size: take.BatchSize = 8,
+    length: take.Length = 256,
+    tokenizer: take.Tokenizer = None,
+    args: take.Args = None,
+    factory: take.Factory = None,
+    trust_pickle: take.Trust = False,
+    as_json: take.Json = False,
+) -> None:
+    """Tell how a model's adapters do on the first rows of a file of text, what is wrong with them, and what to change."""
+    from sarac import finetune as training  # Trainer takes two seconds to import, which no other command is to wait for
+
+    take.require_place(plot)
+    opened = take.opened(model, args, factory, trust_pickle)
+    words = text.tokenizer_of(opened, tokenizer)
+    rows = text.read_rows(data, words, text.longest(opened, length), text.vocabulary_of(opened, words))
+    batch = training.batch_of(opened, rows, batch_size)
+    labels = batch.pop("labels")
+    with busy("Looking"):
+        found = diagnosis.diagnose(opened, batch, loss=lambda outputs: training.token_losses(opened, outputs, labels).mean())
+    if plot is not None:
+        found.plot(plot)
+    show(as_json, found.to_json(), found.table(sites))
 
 
 def tune(device: take.Device = None, check: take.Check = True, as_json: take.Json = False) -> None:

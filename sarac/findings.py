@@ -155,7 +155,7 @@ _RANK = (
 _SCALE = (
     Rule(
         "far", lambda one: one.largest if one.beyond > BEYOND and one.covered is not None else None, max,
-        "{where}: more than 1 % of |δ| are beyond 1, up to {value:.3g}. At δ = -1 a direction is gone and below it is turned over: "
+        "{where}: more than 1 % of |δ| are beyond 1, up to {value:.3g}. At δ = -1 a direction is gone, and turned over below: "
         "lower the learning rate (sarac.recommended_lr), or give the shifts weight decay.",
     ),
     Rule(

@@ -118,10 +118,19 @@ def _collate(items: Sequence[dict[str, list[int]]], mask: bool) -> dict[str, Ten
     return {name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows]) for name, fill in fills.items()}
 
 
+def batch_of(model: nn.Module, rows: Rows, size: int) -> dict[str, Tensor]:
+    """The first rows as a batch of the model's, with their labels."""
+    return _collate(rows.items[:size], takes_mask(model))
+
+
 def _losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The negative log-likelihood of every labelled token, in nats, one number each."""
     outputs = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-    logits, labels = getattr(outputs, "logits", outputs), batch["labels"]
+    return token_losses(model, outputs, batch["labels"])
+
+
+def token_losses(model: nn.Module, outputs: Any, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of every labelled token, in nats, one number each."""
+    logits, labels = getattr(outputs, "logits", outputs), labels.to(next(model.parameters()).device)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise InputError(
             f"{type(model).__name__} gives no logits of shape (batch, length, vocabulary) for token ids, which is what "

@@ -59,6 +59,11 @@ def vocabulary_of(model: nn.Module, tokenizer: Any) -> int:
     return table.num_embeddings if isinstance(table, nn.Embedding) else len(tokenizer)
 
 
+def longest(model: nn.Module, length: int) -> int:
+    """So many tokens, or as many as the model takes."""
+    return min(length, getattr(getattr(model, "config", None), "max_position_embeddings", None) or length)
+
+
 def token_spec(model: nn.Module, vocabulary: int) -> InputSpec:
     """The input spec of a language model: token ids below `vocabulary`, and a mask where its forward takes one."""
     tensors = [TensorSpec("input_ids", "int64", (2, 16), vocabulary)]

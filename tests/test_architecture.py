@@ -131,7 +131,8 @@ MAY_IMPORT = {
     "arguments": "ir.* planning recipe storage",
     "plans": "ir.* passes.* trace checkpoint planning terminal arguments",
     "convert": "ir.* backends.* checkpoint shelf storage swapping",
-    "commands": "ir.* backends.* onnx_fold proof surgery shelf storage emit text terminal arguments convert tuning",
+    "commands": "ir.* backends.* diagnosis finetune onnx_fold proof surgery shelf storage emit text terminal arguments convert "
+    "tuning",
     "cli": "ir.* passes.* folders trace checkpoint report scheduling surgery storage text finetune doctor terminal arguments "
     "commands plans",
 }

@@ -28,7 +28,7 @@ from sarac.ir.plan import Plan
 from sarac.ir.record import record_of
 from sarac.recipe import open_model
 
-COMMANDS = "analyze plan transform finetune fold export verify fold-onnx convert cache doctor".split()
+COMMANDS = "analyze plan transform finetune diagnose fold export verify fold-onnx convert cache doctor".split()
 FACTORIES = """
 import torch
 from torch import nn
@@ -225,6 +225,17 @@ def test_finetune_learns_keeps_its_base_and_goes_on(work: Path, tmp_path: Path) 
     assert more["eval_loss"][0] == pytest.approx(facts["eval_loss"][1], rel=1e-5)
     assert more["eval_loss"][1] < more["eval_loss"][0]
     assert "already" in refused(2, "finetune", out, "--out", further, "--plan", "rank:2", *words)
+
+
+def test_diagnose_tells_how_a_finetuned_model_does(work: Path, tmp_path: Path) -> None:
+    model, words = tmp_path / "tuned.pt", ("--data", work / "data.jsonl")
+    run("finetune", work / "llama", "--out", model, "--plan", "threshold:0.6", *words)
+    found = told("diagnose", model, *words, "--batch-size", 4)
+    assert all(site["grad"] > 0 and site["moved"] > 0 for site in found["sites"])
+    assert 0 < found["tokens"] <= 4 * 256
+    assert "max |δ|" in run("diagnose", model, *words, "--plot", tmp_path / "sites.png").stdout
+    assert (tmp_path / "sites.png").exists()
+    assert "carries no adapters" in refused(1, "diagnose", work / "llama", *words)
 
 
 def test_a_finetuned_model_exports_without_inputs_and_verifies(work: Path, tmp_path: Path) -> None:
