@@ -83,6 +83,9 @@ def task(train: list[Row], test: list[Row], length: int, new: int, words: Any, l
         "train": packed(pairs[most_valid:], length, words.pad),
         "test": packed([pair for _, pair in outer], length, words.pad),
     }
+    for part, rows in made.items():
+        if not len(rows["ids"]):
+            raise ValueError(f"A set has no row for {part} that fits into {length} tokens: give it more in sets.py.")
     widest = max(int((part["bounds"][:, 1] - part["bounds"][:, 0]).max()) for part in made.values())
     shown = [row for row, _ in outer][:most_generated]
     return {

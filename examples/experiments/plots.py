@@ -4,21 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("agg")
-from matplotlib import pyplot
-
 from experiments.intervals import Mean
 
 SIZE, DPI = (7.0, 4.0), 80
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # the machine that makes the runs need not have it
+
+    figure = Figure(figsize=SIZE)
+    return figure, figure.subplots()
 
 
 def _written(figure: Any, path: Path) -> str:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
-    pyplot.close(figure)
     return f"![{path.stem.replace('_', ' ')}]({path.parent.name}/{path.name})"
 
 
@@ -32,7 +33,7 @@ def curves(lines: Mapping[str, Mapping[float, Any]], path: Path, across: str, up
     shown = {name: points for name, points in lines.items() if points}
     if not shown:
         return ""
-    figure, axes = pyplot.subplots(figsize=SIZE)
+    figure, axes = _axes()
     for name, points in shown.items():
         places = sorted(points)
         values = [_of(points[x]) for x in places]
@@ -51,7 +52,7 @@ def grouped(points: Mapping[str, Sequence[tuple[str, Any]]], path: Path, up: str
     places = list(dict.fromkeys(place for found in shown.values() for place, _ in found))
     if not places:
         return ""
-    figure, axes = pyplot.subplots(figsize=SIZE)
+    figure, axes = _axes()
     for number, (name, found) in enumerate(shown.items()):
         values = [_of(one) for _, one in found]
         at = [places.index(place) + 0.1 * (number - len(shown) / 2) for place, _ in found]
@@ -66,7 +67,7 @@ def scatter(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, acr
     """Dots, a colour a name; "" where there is nothing."""
     if not any(points.values()):
         return ""
-    figure, axes = pyplot.subplots(figsize=SIZE)
+    figure, axes = _axes()
     for name, found in points.items():
         axes.scatter([x for x, _ in found], [y for _, y in found], s=16, label=name)
     axes.set_xlabel(across)

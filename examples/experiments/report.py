@@ -18,7 +18,7 @@ import torch
 from experiments import scoring
 from experiments.lines import Lines
 from experiments.run import BY_VALUE, read, searching, study
-from experiments.spec import missing
+from experiments.spec import merged, missing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"  # the committed lines
@@ -35,7 +35,7 @@ def conclusions() -> dict[str, str]:
 def section(number: int, lines: Lines, model: str, folder: Path) -> str:
     """A study: its question, its tables and plot, what is concluded, what was not run."""
     module = study(number)
-    specs = module.specs(model)
+    specs = merged(module.specs(model))
     ready, waiting = lines.search.resolved(specs)
     lacking = len(missing(ready, lines.all)) + len(waiting)
     parts = [f"## {number}. {module.TITLE}", module.QUESTION, conclusions().get(str(number), "No conclusion is drawn yet.")]
@@ -52,6 +52,8 @@ def about(lines: Sequence[dict[str, Any]], model: str) -> str:
     devices = Counter(line["about"]["device"] for line in made)
     versions = sorted({", ".join(f"{name} {v}" for name, v in line["about"]["versions"].items()) for line in made})
     graphs = Counter("as a CUDA graph" if line["graph"] else line["why_eager"] for line in made if "graph" in line)
+    if not made:
+        return "No run of a model has been made yet: what follows are the questions, and the commands that make the runs."
     rows = [
         f"{len(made)} runs of {model} on {', '.join(f'{name} ({n})' for name, n in devices.items())}; {'; '.join(versions)}.",
         f"Steps were taken {', '.join(f'{how} ({count})' for how, count in graphs.items())}.",

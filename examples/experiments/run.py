@@ -22,7 +22,7 @@ from typing import Any
 
 from experiments.making import program_key
 from experiments.methods import METHODS, search_specs, searched_by
-from experiments.search import Search
+from experiments.search import FURTHER, Search
 from experiments.spec import SEARCH_SEED, Spec, merged, missing
 
 BY_VALUE = (3, 2, 4, 5, 6, 8, 7)
@@ -32,7 +32,6 @@ FILES = {
 }  # fmt: skip
 TOGETHER = 4  # runs of one program that a process takes at a time
 STEP_S, RUN_S = 0.018, 0.8  # what a step of 16 x 256 tokens and what goes around a run take of a GPU, for the estimate
-ROUNDS = 2  # how often a search goes on where its best rate lies at the edge
 
 
 def study(number: int) -> Any:
@@ -101,18 +100,17 @@ def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
 class Crew:
     """The processes and the file: what they finish is written here, by one writer."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.lines = options, read(options.results)
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, options: argparse.Namespace, context: Any) -> None:
+        self.options, self.lines, self.context = options, read(options.results), context
         self.inbox, self.outbox = context.Queue(), context.Queue()
-        self._start = lambda: context.Process(target=work, args=(options, self.inbox, self.outbox), daemon=True)
         self.processes: list[Any] = []
 
     def run(self, specs: Sequence[Spec], count: int) -> None:
         """Have these made by so many processes; returns when all are done, or the time is over."""
         todo = missing(specs, self.lines)
         while todo and len(self.processes) < count:
-            self.processes.append(self._start())
+            self.processes.append(self.context.Process(target=work, args=(self.options, self.inbox, self.outbox)))
+            self.processes[-1].daemon = True
             self.processes[-1].start()
         for group in groups(todo):
             self.inbox.put(group)
@@ -148,7 +146,7 @@ class Crew:
         for process in self.processes:
             process.join(timeout=20)
             if process.is_alive():
-                process.terminate()
+                process.terminate()  # it holds nothing that is not on disk
         self.processes = []
 
 
@@ -164,13 +162,13 @@ def small(model: str) -> tuple[Any, ...]:
     return ("sums", 12) if model == "tiny" else ()
 
 
-def conduct(options: argparse.Namespace) -> None:
-    """The search, the runs, the timings."""
+def conduct(options: argparse.Namespace, context: Any = None) -> None:
+    """The search, the runs, the timings; `context` makes processes and queues, by default such that start afresh."""
     specs = wanted(options.studies, options.name)
-    crew = Crew(options)
+    crew = Crew(options, context or multiprocessing.get_context("spawn"))
     untimed = [spec for spec in specs if spec.kind != "timing"]
     crew.run(searching(specs, options.name), options.processes)
-    for _ in range(ROUNDS):
+    for _ in range(FURTHER):
         crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], options.processes)
     ready, waiting = Search(crew.lines).resolved(untimed)
     crew.run(ready, options.processes)

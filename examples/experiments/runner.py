@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Place:
         base.config.use_cache = False
         base = base.to(device).eval().requires_grad_(False)
         about = {
-            "versions": {package: version(package) for package in PACKAGES}, "python": platform.python_version(),
+            "versions": {package: installed(package) for package in PACKAGES}, "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "revision": revision(), "data": made["about"],
         }  # fmt: skip
         return cls(name, Bench(base), made, words, about, texts=Path(texts) if texts else None)
@@ -75,6 +75,14 @@ class Place:
             self.program, self.key = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1), key
         self.program.reset()
         return self.program
+
+
+def installed(package: str) -> str:
+    """The version of a package, "" for one that runs from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def revision() -> str:

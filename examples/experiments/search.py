@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments.methods import RATES, searched_by
+from experiments.methods import RATES, SEARCHED, searched_by
 from experiments.spec import SEARCH_SEED, Spec
 
 Line = Mapping[str, Any]
+FURTHER = 2  # rates by which a search may go on where its best lies at the edge
 
 
 class Search:
@@ -35,11 +36,11 @@ class Search:
         return self.best(pair) in (min(tried), max(tried))
 
     def further(self) -> list[Spec]:
-        """One more rate, on the log grid, for each search whose best lies at its edge."""
+        """One more rate, on the log grid, for each search whose best lies at its edge; at most `FURTHER` in all."""
         more = []
         for pair, tried in self.found.items():
             best = self.best(pair)
-            if best is None or not self.at_edge(pair):
+            if best is None or not self.at_edge(pair) or len(tried) >= SEARCHED + FURTHER:
                 continue
             index = RATES.index(best) + (1 if best == max(tried) else -1)
             if 0 <= index < len(RATES):

@@ -1,0 +1,387 @@
+"""The harness of examples/experiments: one quick run of every family, resumed and reported, on a tiny model made in code."""
+
+import copy
+import importlib
+import json
+import math
+import multiprocessing.dummy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> Any:
+    """A module of the experiments, which lie beside the package."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    return importlib.import_module(f"experiments.{name}")
+
+
+bench, data, intervals, lines, making, methods = map(load, ("bench", "data", "intervals", "lines", "making", "methods"))
+report, routing, runner, scoring, search, sets = map(load, ("report", "routing", "runner", "scoring", "search", "sets"))
+run, spec, study_1, training = map(load, ("run", "spec", "study_1_ranks", "training"))
+Spec = spec.Spec
+QUICK: dict[str, Any] = {"task": "sums", "steps": 12, "batch": 8, "model": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def place() -> Any:
+    return runner.Place.open("tiny", "tiny", "", "cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of one whole call; its workers are threads here, which spares the imports of a process."""
+    path = tmp_path_factory.mktemp("experiments") / "results.jsonl"
+    run.conduct(options(path), multiprocessing.dummy)
+    return path
+
+
+def options(path: Path, *words: str) -> Any:
+    chosen = run.parsed(["3", "--model", "tiny", "--results", str(path), *words])
+    chosen.device, chosen.processes = "cpu", 1
+    return chosen
+
+
+RUNS = [
+    ("sara", "threshold:0.6", 0.3),
+    ("sara-absolute", "threshold:0.6", 1.0),
+    ("sara-materialised", "threshold:0.6", 0.3),
+    ("sara-factors-svd", "rank:2", 0.1),
+    ("sara-factors-random", "rank:2", 0.1),
+    ("mosara-topk2", "threshold:0.5", 0.3),
+    ("mosara-bottleneck", "threshold:0.5", 0.3),
+    ("lora", "r=2,on=q_proj+v_proj", 0.1),
+    ("pissa", "r=2", 0.01),
+    ("adalora", "r=2", 0.1),
+    ("ia3", "", 0.3),
+    ("vera", "r=4", 0.3),
+    ("full", "", 0.01),
+]
+
+
+@pytest.mark.parametrize(("method", "plan", "rate"), RUNS, ids=[name for name, _, _ in RUNS])
+def test_every_family_starts_as_the_model_and_learns(method: str, plan: str, rate: float, place: Any) -> None:
+    line = runner.run(Spec(method, plan, lr=rate, **QUICK), place)
+    untouched = runner.run(Spec("untouched", **QUICK), place)
+    assert line["nll_before"] == pytest.approx(untouched["nll"], abs=2e-5)
+    assert line["nll"] < line["nll_before"] - 0.005
+    assert line["unrelated_nll"] != line["unrelated_nll_before"]
+    assert (line["trained"], line["graph"], line["diverged"]) == (line["trained"] or math.nan, False, False)
+    assert Spec.of(json.loads(json.dumps(line))) == Spec(method, plan, lr=rate, **QUICK)
+
+
+def test_lora_trains_as_many_numbers_as_its_rank_says(place: Any) -> None:
+    shapes = [tuple(place.bench.graph.sites[name].shape) for name in place.bench.graph.sites if "_proj" in name]
+    line = runner.run(Spec("lora", "r=3", lr=1e-2, **{**QUICK, "steps": 1}), place)
+    assert line["trained"] == 3 * sum(out + inner for out, inner in shapes)
+
+
+def test_loss_without_a_mask_is_the_masked_one(place: Any) -> None:
+    task, model = place.tokens["tasks"]["sums"], copy.deepcopy(place.bench.base)
+    ids, bounds = task["test"]["ids"].long(), task["test"]["bounds"].long()
+    column = torch.arange(ids.shape[1])
+    labels = ids.masked_fill((column < bounds[:, :1]) | (column >= bounds[:, 1:]), -100)
+    model.config._attn_implementation = "sdpa"
+    wanted = model(input_ids=ids, attention_mask=(column < bounds[:, 1:]).long(), labels=labels).loss.item()
+    model.config._attn_implementation = training.CAUSAL
+    assert training.mean_nll(model, model, task["test"], task["width"]) == pytest.approx(wanted, abs=1e-5)
+    fewer = {**task["test"], "bounds": bounds - torch.tensor([0, 1])}
+    assert abs(training.mean_nll(model, model, fewer, task["width"]) - wanted) > 1e-3
+
+
+def test_loop_is_plain_adamw(place: Any) -> None:
+    program = place.prepared(Spec("sara", "threshold:0.6", lr=0.1, **QUICK))
+    model = place.bench.adapted("threshold:0.6")
+    task, rows = place.tokens["tasks"]["sums"], training.order([256], 8, 6, 0)
+    losses, _ = program.train(rows, 0.1)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, seen = torch.optim.AdamW(params, lr=1.0, weight_decay=0.0), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*training.rates(0.1, 6), 0.0][step])
+    for chosen in rows:
+        ids, bounds = task["train"]["ids"][chosen].long(), task["train"]["bounds"][chosen]
+        column = torch.arange(ids.shape[1])
+        labels = ids.masked_fill((column < bounds[:, :1]) | (column >= bounds[:, 1:]), -100)
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        seen.append(loss.item())
+    assert losses == pytest.approx(seen, abs=1e-5)
+    for ours, theirs in zip(program.params, params, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(ours, torch.zeros_like(ours))
+
+
+def test_program_serves_again_after_a_reset(place: Any) -> None:
+    program = place.prepared(Spec("lora", "r=2", lr=0.1, **QUICK))
+    rows = training.order([256], 8, 5, 0)
+    first, _ = program.train(rows, 0.1)
+    program.reset()
+    again, _ = program.train(rows, 0.1)
+    program.reset()
+    other, _ = program.train(training.order([256], 8, 5, 1), 0.1)
+    assert first == again
+    assert first != other
+
+
+def test_step_that_cannot_be_captured_runs_as_it_is(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = place.prepared(Spec("sara", "threshold:0.6", lr=0.1, **QUICK))
+    entered: list[bool] = []
+
+    @contextmanager
+    def refused(_: Any) -> Iterator[None]:
+        entered.append(True)
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    for name, stand_in in {
+        "Stream": Stream, "current_stream": Stream, "stream": lambda _: nullcontext(), "synchronize": lambda: None,
+        "CUDAGraph": lambda: None, "graph": refused,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    program._set_rate(0.0)
+    program._capture()
+    assert entered
+    assert program.graph is None
+    assert program.why_eager == "operation not permitted when stream is capturing"
+    assert all(torch.equal(now, then) for now, then in zip(program.params, program.first, strict=True))
+    program.reset()
+    losses, _ = program.train(training.order([256], 8, 5, 0), 0.3)
+    assert losses[-1] != losses[0]
+    place.program, place.key = None, ()
+
+
+@pytest.mark.parametrize("options", ["", "train=factors"])
+def test_shuffled_ranks_keep_the_total(options: str, place: Any) -> None:
+    plan = place.bench.plan(f"threshold:0.3,{options}".rstrip(","))
+    dealt = [place.bench.shuffled(plan, seed) for seed in (0, 0, 1, 2)]
+    assert dealt[0] == dealt[1]
+    assert len({tuple(one.sites[name].rank for name in one.sites) for one in [plan, *dealt]}) > 2
+    for one in dealt:
+        assert sum(one.trainable.values()) == sum(plan.trainable.values())
+        assert sorted(a.rank for a in one.sites.values()) == sorted(a.rank for a in plan.sites.values())
+        one.require_fits({name: site.full_shape for name, site in place.bench.graph.sites.items()})
+    model = place.bench.adapted(f"threshold:0.3{bench.SHUFFLED}", options, shuffle_seed=1)
+    assert {name: adapter.rank for name, adapter, _ in bench.slots(model)} == {n: a.rank for n, a in dealt[2].sites.items()}
+
+
+def test_bench_adapts_as_transform_does(place: Any) -> None:
+    import sarac
+
+    ours = {name: tensors for name, _, tensors in bench.slots(place.bench.adapted("threshold:0.6"))}
+    theirs = {name: tensors for name, _, tensors in bench.slots(sarac.transform(place.bench.base, "threshold:0.6"))}
+    assert ours.keys() == theirs.keys()
+    for name, tensors in ours.items():
+        for role, tensor in tensors.items():
+            torch.testing.assert_close(tensor, theirs[name][role], atol=1e-5, rtol=1e-5)
+    assert len(bench.slots(place.bench.adapted("threshold:0.1"))[0][2]["shift"]) < len(next(iter(ours.values()))["shift"])
+
+
+def test_fixed_rank_has_nearly_the_total(place: Any) -> None:
+    adaptive, fixed = (place.bench.plan(rule) for rule in ("threshold:0.6", "uniform:like=threshold:0.6"))
+    ours, theirs = sum(adaptive.trainable.values()), sum(fixed.trainable.values())
+    assert theirs <= ours < theirs + len(fixed.sites)
+
+
+def test_all_runs_are_made_and_none_twice(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run.read(results)
+    assert not [line["error"] for line in found if "error" in line]
+    assert len({line["id"] for line in found}) == len(found)
+    before = results.read_bytes()
+    run.conduct(options(results))  # nothing is left: no process is started
+    assert results.read_bytes() == before
+    assert "0 runs are left" in capsys.readouterr().out
+
+
+def test_run_that_was_cut_off_is_made_again(results: Path, tmp_path: Path) -> None:
+    texts = results.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(texts[:-1]) + texts[-1][:100])
+    kept = run.read(cut)
+    assert len(kept) == len(texts) - 1
+    gone = Spec.of(json.loads(texts[-1]))
+    every = [Spec.of(json.loads(text)) for text in texts]
+    assert spec.missing(every, kept) == [gone]
+    assert spec.missing(every, run.read(results)) == []
+    failed = [{**json.loads(texts[-1]), "error": "out of memory"}]
+    assert spec.missing([gone], failed) == [gone]
+
+
+def test_extra_that_a_line_lacks_is_a_reason_to_run_again(results: Path) -> None:
+    line = run.read(results)[-1]
+    more = Spec(**{**vars(Spec.of(line)), "extras": ("accuracy",)})
+    assert spec.missing([more], [line]) == [more]
+    assert spec.merged([Spec.of(line), more]) == [more]
+
+
+def test_no_run_starts_when_the_time_is_over() -> None:
+    import queue
+
+    inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
+    late = options(Path("nowhere"), "--seconds", "-1")
+    for given in ([Spec("sara", "threshold:0.6", lr=0.1, **QUICK)], None):
+        inbox.put(given)
+    run.work(late, inbox, outbox)
+    assert outbox.get() == (Spec("sara", "threshold:0.6", lr=0.1, **QUICK).identity, None)
+
+
+def test_run_that_fails_is_a_line_and_the_next_goes_on() -> None:
+    import queue
+
+    inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
+    bad, good = Spec("sara", "threshold:7", lr=0.1, **QUICK), Spec("untouched", **QUICK)
+    for given in ([bad], [good], None):
+        inbox.put(given)
+    run.work(options(Path("nowhere")), inbox, outbox)
+    assert "threshold" in outbox.get()[1]["error"]
+    assert "error" not in outbox.get()[1]
+
+
+def test_search_takes_the_best_rate_and_goes_on_at_its_edge() -> None:
+    def line(rate: float, nll: float) -> dict[str, Any]:
+        return {"id": str(rate), "spec": vars(Spec("lora", "r=8", seed=spec.SEARCH_SEED, lr=rate)), "valid_nll": nll}
+
+    inner = search.Search([line(1e-3, 2.0), line(3e-3, 1.0), line(1e-2, math.nan)])
+    assert (inner.best(("lora", "r=8")), inner.at_edge(("lora", "r=8")), inner.further()) == (3e-3, False, [])
+    edge = search.Search([line(1e-3, 2.0), line(3e-3, 1.0)])
+    assert [one.lr for one in edge.further()] == [1e-2]
+    far = search.Search([line(rate, 1 / rate) for rate in methods.RATES[:6]])
+    assert far.further() == []
+    done, waiting = edge.resolved([Spec("lora", "r=32"), Spec("pissa", "r=8"), Spec("untouched")])
+    assert [one.lr for one in done] == [3e-3, spec.BEST]
+    assert [one.method for one in waiting] == ["pissa"]
+
+
+def test_every_spec_of_the_studies_has_a_search_with_four_rates() -> None:
+    for number in run.BY_VALUE:
+        for one in run.study(number).specs("smollm2"):
+            pair = methods.searched_by(one)
+            if methods.METHODS[one.method].family != "untouched":
+                assert len(methods.search_specs({pair}, "smollm2")) >= 4, one
+
+
+def test_report_is_made_of_the_lines(results: Path, tmp_path: Path) -> None:
+    found = run.read(results)
+    report.written(found, "tiny", tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    known = lines.Lines(found)
+    module = run.study(3)
+    for entry in next(iter(module.groups("tiny").values())):
+        assert known.mean(entry.spec).text() in text
+    assert (tmp_path / "plots" / "study_3.png").stat().st_size > 1000
+    assert not (tmp_path / "plots" / "study_8.png").exists()
+    assert "Not run: 6 of 6 runs" in text
+    changed = [{**line, "nll": line["nll"] + 1.0} if "nll" in line else line for line in found]
+    (tmp_path / "other").mkdir()
+    report.written(changed, "tiny", tmp_path / "other" / "RESULTS.md")
+    assert (tmp_path / "other" / "RESULTS.md").read_text() != text
+
+
+def test_intervals_are_those_computed_by_hand() -> None:
+    # Differences 1, 2, 3: mean 2, standard error 1/√3, t(0.975, 2) = 4.30265; t = 3.4641 has p = 0.07418 on two sides.
+    gap = intervals.paired({0: 2.0, 1: 4.0, 2: 6.0, 7: 9.0}, {0: 1.0, 1: 2.0, 2: 3.0, 5: 0.0})
+    assert (gap.value, gap.count) == (2.0, 3)
+    assert gap.half == pytest.approx(2.48414, abs=1e-5)
+    assert gap.p == pytest.approx(0.07418, abs=1e-5)
+    assert intervals.mean([1.0, 2.0, 3.0, 4.0]).half != pytest.approx(gap.half, abs=0.1)
+    assert math.isnan(intervals.mean([1.0]).half)
+    assert intervals.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_routers_that_tell_tasks_apart_are_seen() -> None:
+    draw, groups = torch.Generator().manual_seed(0), torch.tensor([0] * 12 + [1] * 12)
+    noise = torch.rand(24, 3, 4, generator=draw, dtype=torch.float64)
+    planted = noise + groups[:, None, None] * torch.tensor([0.4, 0.0, 0.0, -0.4])
+    assert routing.permutation(planted, groups)[2] < 0.01
+    seen, chance, p = routing.permutation(noise, groups)
+    assert p > 0.05
+    assert seen < 3 * chance
+
+
+def test_routing_figures_of_a_model(place: Any) -> None:
+    quick = {**QUICK, "task": "sums+larger"}
+    line = runner.run(Spec("mosara-soft", "threshold:0.5", lr=1.0, extras=("routing",), **quick), place)
+    before, after = line["routing_before"], line["routing"]
+    assert 0 < after["entropy"] < before["entropy"] <= 1
+    assert 0 <= before["information"] <= 1
+    assert sum(after["use"]) == pytest.approx(1.0)
+    assert len(after["entropy_by_site"]) == len(after["sites"]) == 14
+    assert set(line["nll_by_task"]) == {"sums", "larger"}
+    uniform = runner.run(Spec("mosara-uniform", "threshold:0.5", lr=1.0, extras=("routing",), **quick), place)
+    assert uniform["routing"] == {}
+
+
+def test_accuracy_of_answers_and_choices(place: Any) -> None:
+    line = runner.run(Spec("lora", "r=2", lr=0.1, extras=("accuracy",), **{**QUICK, "task": "sums+larger"}), place)
+    assert line["accuracy"]["sums"]["rows"] == line["accuracy"]["larger"]["rows"] == 8
+    assert scoring.exact(["so 3+4 = 7\n#### 1,007", "it is 12.", "none"], [["#### 1007"], ["#### 12"], ["5"]]) == [
+        True,
+        True,
+        False,
+    ]
+    assert scoring.exact(["#### 8"], [["#### 7"]]) == [False]
+
+
+def test_texts_are_scored_against_their_references() -> None:
+    references = [["the cat sat on the mat today", "a cat sat on a mat"], ["dogs bark loudly in the park at night"]]
+    same = scoring.bleu_and_rouge([found[0] for found in references], references)
+    other = scoring.bleu_and_rouge(["the cat ate a hat today", "dogs sleep"], references)
+    assert same["bleu"] == pytest.approx(100.0)
+    assert same["rouge_l"] == pytest.approx(100.0)
+    assert other["bleu"] < 60
+    assert other["rouge_l"] < 80
+
+
+def test_rows_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    rows = [{"question": f"How much is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(40)]
+    for part, chosen in (
+        ("train", [*(row for i, row in enumerate(rows) if i % 4), {"question": "how much is 36 and 36", "answer": "x"}]),
+        ("test", rows[::4]),
+    ):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    train, test = (list(sets.gsm8k(tmp_path, part)) for part in ("train", "test"))
+    made = data.task(train, test, 64, 4, load("tiny").Bytes(), (20, 5, 20, 20))
+    assert made["counts"] == {"in the test too": 1}
+    assert [len(made[part]["ids"]) for part in ("train", "valid", "test")] == [20, 5, 10]
+    short = data.task(train, test, 47, 4, load("tiny").Bytes(), (20, 5, 20, 20))
+    assert short["counts"]["too long"] == 30  # those of two digits have 48 bytes and an end token
+    with pytest.raises(ValueError, match="no row for valid that fits into 20 tokens"):
+        data.task(train, test, 20, 4, load("tiny").Bytes(), (20, 5, 20, 20))
+
+
+def test_equations_become_infix() -> None:
+    assert sets.infix("- * number0 number1 number2", ["3.0", "4", "5"]) == "((3 * 4) - 5)"
+    assert sets.solved("( 76.0 - 25.0 )", 51.0) == "(76 - 25) = 51\n#### 51"
+
+
+def test_ranks_that_rise_with_depth_are_seen() -> None:
+    def rows(ranks: list[int]) -> list[dict[str, Any]]:
+        each = dict.fromkeys(study_1.THRESHOLDS)
+        return [
+            {"model": "m", "kind": "q", "layer": layer, "full_rank": 50, "ranks": {**each, **dict.fromkeys(each, rank)}}
+            for layer, rank in enumerate(ranks)
+        ]
+
+    ((_, count, rising),) = study_1.correlations(rows(list(range(1, 13))))
+    ((_, _, flat),) = study_1.correlations(rows([5, 9, 6, 8, 7, 7, 8, 6, 9, 5, 7, 7]))
+    assert count == 12
+    assert rising[0][0] == pytest.approx(1.0)
+    assert rising[0][1] < 1e-6
+    assert abs(flat[0][0]) < 0.3
+    assert flat[0][1] > 0.3
