@@ -81,7 +81,6 @@ def figures(model: nn.Module, inner: Any, tasks: Mapping[str, Any]) -> dict[str,
         "information": float(((entropy(use) - tokens) / most).mean()),  # nats that an input tells of its set, of log(sets)
         "dead": float((use < 1 / (10 * use.shape[1])).double().mean()),
         "entropy_by_site": [round(float(one), 4) for one in tokens / most],
-        "sites": [name for name, adapter, _ in slots(model) if not adapter.foldable],
         "use_by_task": {name: part.mean((0, 1)).tolist() for name, part in zip(tasks, rows, strict=True)},
         "between_tasks": seen, "between_by_chance": chance, "p": p_value,
     }  # fmt: skip

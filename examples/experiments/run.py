@@ -30,6 +30,8 @@ FILES = {
     2: "study_2_budgets", 3: "study_3_allocation", 4: "study_4_threshold", 5: "study_5_routing", 6: "study_6_forgetting",
     7: "study_7_start", 8: "study_8_multitask",
 }  # fmt: skip
+SILENT = 120.0  # seconds after which a process that died is not waited for
+TIMING_S = 5.0  # of the time are kept for each timing
 TOGETHER = 4  # runs of one program that a process takes at a time
 STEP_S, RUN_S = 0.018, 0.8  # what a step of 16 x 256 tokens and what goes around a run take of a GPU, for the estimate
 
@@ -82,7 +84,7 @@ def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
     place = None
     while (given := inbox.get()) is not None:
         for spec in given:
-            if time.time() > options.until:
+            if time.time() > options.until - (options.kept if spec.kind == "run" else 0):
                 outbox.put((spec.identity, None))
                 continue
             try:
@@ -114,13 +116,19 @@ class Crew:
             self.processes[-1].start()
         for group in groups(todo):
             self.inbox.put(group)
-        left = {spec.identity for spec in todo}
+        left, heard = {spec.identity for spec in todo}, time.time()
         while left and any(process.is_alive() for process in self.processes):
             try:
                 identity, line = self.outbox.get(timeout=1.0)
             except queue.Empty:
+                if time.time() - heard > SILENT and not all(process.is_alive() for process in self.processes):
+                    print(
+                        f"A process died, and nothing was heard for {SILENT:.0f} s: {len(left)} runs are left for another call."
+                    )
+                    break
                 continue
             left.discard(identity)
+            heard = time.time()
             if line is not None:
                 self.keep(line, len(left))
 
@@ -166,14 +174,15 @@ def conduct(options: argparse.Namespace, context: Any = None) -> None:
     """The search, the runs, the timings; `context` makes processes and queues, by default such that start afresh."""
     specs = wanted(options.studies, options.name)
     crew = Crew(options, context or multiprocessing.get_context("spawn"))
-    untimed = [spec for spec in specs if spec.kind != "timing"]
+    untimed, timings = ([spec for spec in specs if (spec.kind == "timing") == alone] for alone in (False, True))
+    options.kept = TIMING_S * len(timings) if timings else 0.0
     crew.run(searching(specs, options.name), options.processes)
     for _ in range(FURTHER):
         crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], options.processes)
     ready, waiting = Search(crew.lines).resolved(untimed)
     crew.run(ready, options.processes)
     crew.dismiss()
-    timed, more = Search(crew.lines).resolved([spec for spec in specs if spec.kind == "timing"])
+    timed, more = Search(crew.lines).resolved(timings)
     crew.run(timed, 1)
     crew.dismiss()
     left = missing([*ready, *timed], crew.lines)
@@ -207,7 +216,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="print what would be run")
     options = parser.parse_args(arguments)
     options.since = time.time()
-    options.until = options.since + options.seconds
+    options.until, options.kept = options.since + options.seconds, 0.0
     if options.model == "smollm2":
         import smollm2  # beside this package in examples/
 

@@ -27,7 +27,7 @@ def exact(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[boo
 
 
 @torch.no_grad()
-def generated(model: Any, task: Mapping[str, Any], words: Any, size: int = 128) -> list[str]:
+def generated(model: Any, task: Mapping[str, Any], words: Any, size: int = 256) -> list[str]:
     """Greedy answers to the task's prompts, which are padded on the left."""
     model.eval()
     device, texts = next(model.parameters()).device, []
