@@ -40,10 +40,9 @@ class Method:
         return next(one for one, globs in self.searches.items() if any(fnmatch.fnmatchcase(plan, glob) for glob in globs))
 
 
-_SMALL = ("*threshold:0.0*", "*threshold:0.1*", "*threshold:0.2*", "budget:2*")
-_SV = {"threshold:0.1": _SMALL, "threshold:0.6": ("*",)}
-_FACTORS = {"threshold:0.05": ("*threshold:0.1*", "*threshold:0.2*", "*threshold:0.05*", "budget:[0-9]??????*"),
-            "threshold:0.01": ("*",)}  # fmt: skip
+_SV = {"threshold:0.1": ("*threshold:0.0*", "*threshold:0.1*", "*threshold:0.2*"), "threshold:0.6": ("*",)}
+_MANY = ("*threshold:0.1*", "*threshold:0.2*", "*threshold:0.05*", "rank:[48]", "budget:[0-9]??????*")  # from a million on
+_FACTORS = {"threshold:0.05": _MANY, "threshold:0.01": ("*",)}
 _ROUTED = {"threshold:0.5": ("*",)}
 _ANY = {"": ("*",)}
 

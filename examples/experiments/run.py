@@ -23,6 +23,7 @@ from typing import Any
 from experiments.making import program_key
 from experiments.methods import METHODS, search_specs, searched_by
 from experiments.search import FURTHER, Search
+from experiments.sets import SETS
 from experiments.spec import SEARCH_SEED, Spec, merged, missing
 
 BY_VALUE = (3, 2, 4, 5, 6, 8, 7)
@@ -74,7 +75,12 @@ def groups(specs: Sequence[Spec]) -> list[list[Spec]]:
 
 def estimate(specs: Sequence[Spec]) -> float:
     """GPU seconds of these runs."""
-    return sum(RUN_S + STEP_S * spec.steps for spec in specs)
+    return sum(RUN_S + STEP_S * spec.steps * spec.batch * length(spec) / (16 * 256) for spec in specs)
+
+
+def length(spec: Spec) -> int:
+    """Tokens of a row of the spec's task."""
+    return max(SETS[name][1] if name in SETS else 32 for name in spec.task.split("+"))
 
 
 def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
