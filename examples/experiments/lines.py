@@ -76,7 +76,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def comparison(lines: Lines, entries: Sequence[Entry], reference: Entry | None = None) -> str:
     """Entries side by side: what trains, the rate, the nll with its interval, the difference from the reference, what it cost."""
     heads = ["", "trains", "rate", "nll", *(["less that of " + reference.label] if reference else []), "unrelated nll",
-             "s a run", "ms a step alone", "peak GiB", "seeds"]  # fmt: skip
+             "s a run", "ms a step alone", "peak GiB beyond the model", "seeds"]  # fmt: skip
     base = lines.values(reference.spec) if reference else {}
     rows = []
     for entry in entries:

@@ -72,9 +72,20 @@ class Place:
             tasks = list(self.tasks(spec).values())
             length, width = max(task["length"] for task in tasks), max(task["width"] for task in tasks)
             rows = joined([task["train"] for task in tasks], length, self.words.pad)
-            self.program, self.key = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1), key
+            held = self._held(spec)
+            self.program = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1, held)
+            self.key = key
         self.program.reset()
         return self.program
+
+    def _held(self, spec: Spec) -> int:
+        """Bytes on the GPU that are there whatever the method: the base model and its copy, all singular vectors."""
+        if not torch.cuda.is_initialized():
+            return 0
+        if METHODS[spec.method].family == "sarac":
+            self.bench.decompose()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated() + sum(parameter.nbytes for parameter in self.bench.base.parameters())
 
 
 def installed(package: str) -> str:
@@ -87,8 +98,11 @@ def installed(package: str) -> str:
 
 def revision() -> str:
     """The git revision of the checkout, "" where there is none."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip()
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def joined(parts: list[Mapping[str, torch.Tensor]], length: int, pad: int) -> dict[str, torch.Tensor]:

@@ -115,9 +115,14 @@ def order(counts: list[int], batch: int, steps: int, seed: int) -> Tensor:
 
 
 class Program:
-    """One trainable model with its optimiser and its captured step; it serves runs of other seeds and rates after a reset."""
+    """One trainable model with its optimiser and its captured step; it serves runs of other seeds and rates after a reset.
 
-    def __init__(self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool) -> None:
+    `held`: bytes on the device that are not the method's.
+    """
+
+    def __init__(
+        self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool, held: int = 0
+    ) -> None:
         self.made, self.width, self.balanced = made, width, balanced
         self.params = made.trained
         device = self.params[0].device
@@ -133,13 +138,13 @@ class Program:
         self.before: dict[str, Any] = {}  # what was measured at the start
         self.graph: Any = None
         self.why_eager = "" if cuda else "no CUDA"
+        self.peak: float | None = None  # GiB beyond `held` and beyond what a reset needs
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             self._capture()
-            self.peak = torch.cuda.max_memory_allocated() / 2**30
+            held += sum(tensor.nbytes for tensor in self.first)
+            self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30
             self.reset()
-        else:
-            self.peak = None
 
     def _step(self) -> Tensor:
         """Forward, backward, clipping and the optimiser's step; everything stays on the device."""
