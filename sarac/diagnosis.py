@@ -218,11 +218,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Sequence[Health]], str], bool], ...] = (
     ("‖Δ‖/‖W‖", _mean("delta"), False),
     ("rms δ", _mean("moved"), False),
     ("max |δ|", _most("largest"), False),
-    ("gradient", _mean("grad"), False),
+    ("grad", _mean("grad"), False),
     ("lost", _most("lost"), False),
     ("entropy", _entropy, True),
     ("use", _use, True),
-    ("adapters", _bytes("adapters"), False),
+    ("trains", _bytes("adapters"), False),
     ("factors", _bytes("factors"), False),
     ("kept", _bytes("kept"), False),
 )

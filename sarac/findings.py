@@ -172,8 +172,8 @@ _ROUTER = (
     ),
     Rule(
         "dead sets", _routed(lambda one: _dead(one) or None), max,
-        "{where}: up to {value:.0f} sets get less than a tenth of an equal share. Take fewer sets (sets=…), or router=soft, "
-        "in which all of them train.",
+        "{where}: up to {value:.0f} sets get less than a tenth of an equal share. Take fewer sets (sets=…); of hard "
+        "and topk routers also soft, in which all sets train.",
     ),
     Rule(
         "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE and _settled(o) else None), max,

@@ -514,6 +514,17 @@ def test_monitor_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_monitor_knows_what_gradients_were_before_they_were_clipped() -> None:
+    model, monitor = plain(), sarac.Monitor(every=1)
+    square(model(torch.randn(9, 24))).backward()
+    monitor.on_log(None, None, None, {"loss": 1.0, "grad_norm": 2.0})
+    assert monitor.step(model, 0).findings == ()  # type: ignore[union-attr]
+    monitor.on_log(None, None, None, {"grad_norm": 5e4})
+    with pytest.warns(sarac.SaracWarning, match=r"exploding: .* norm over all sites is 5e\+04"):
+        monitor.step(nn.DataParallel(model), 1)
+    monitor.on_epoch_end(None, None, None, model=model)  # events that it has no use for
+
+
 def test_monitor_says_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(sarac.InputError, match="every=0"):
         sarac.Monitor(every=0)

@@ -158,8 +158,11 @@ def floored(scale: Tensor, weight: Tensor) -> int:
 
 def norms(model: nn.Module) -> dict[str, float]:
     """‖W‖ of every adapted weight, de-quantised where it is quantised."""
-    found = {slot.site: whole(dense(stored(slot, module).detach())) for module, slot in slots(model)}
-    return {site: float(torch.linalg.vector_norm(weight, dtype=torch.float64)) for site, weight in found.items()}
+
+    def norm(weight: Tensor) -> float:
+        return float(torch.linalg.vector_norm(whole(dense(weight)), dtype=torch.float64))
+
+    return {slot.site: norm(stored(slot, module).detach()) for module, slot in slots(model)}
 
 
 def sets_of(slot: Slot) -> int:
