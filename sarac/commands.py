@@ -171,7 +171,7 @@ def diagnose(
     trust_pickle: take.Trust = False,
     as_json: take.Json = False,
 ) -> None:
-    """Tell how a model's adapters do on some text. The file's first rows are the batch; what is wrong is said, and what to change."""
+    """Tell how a model's adapters do on some text. The file's first rows are the batch; findings say what to change."""
     from sarac import finetune as training  # Trainer takes two seconds to import, which no other command is to wait for
 
     take.require_place(plot)
