@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import queue
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -243,7 +244,7 @@ def main() -> None:
     options.processes = options.processes or (6 if options.device == "cuda" else 1)
     os.environ.setdefault("OMP_NUM_THREADS", "2")  # of each process: they share the cores
     if options.model != "tiny" and os.environ.get("SARAC_CACHE") != "off":
-        os.environ.setdefault("SARAC_CACHE", str(options.results.parent / "cache"))
+        os.environ.setdefault("SARAC_CACHE", str(Path(tempfile.gettempdir()) / "sarac-experiments"))
     conduct(options)
 
 

@@ -10,7 +10,7 @@ from experiments.spec import Spec, seeds
 
 TITLE = "Accuracy and forgetting"
 QUESTION = "How far from full fine-tuning is it, and what is forgotten?"
-TASKS = ("gsm8k", "svamp", "boolq", "e2e")
+TASKS = ("gsm8k", "svamp", "boolq", "e2e", "mawps")
 FINALISTS = (
     ("full", ""),
     ("lora", "r=8"),
