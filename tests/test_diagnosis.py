@@ -171,6 +171,7 @@ def test_weight_that_the_loss_does_not_see() -> None:
 
 def test_memory_is_told_beyond_what_there_is() -> None:
     model, x = plain(), torch.randn(32, 24)
+    sarac.schedule(model, "two-sided")
     found = sarac.diagnose(model, x, loss=square)
     need = found.totals["factors"] + found.totals["kept"]
     assert found.totals["factors"] == 4 * 8 * (24 + 20 + 1 + 20 + 16 + 1)
