@@ -64,12 +64,12 @@ def token_nll(inner: Any, ids: Tensor, bounds: Tensor, width: int) -> tuple[Tens
 
 
 @torch.no_grad()
-def row_nll(model: nn.Module, inner: Any, rows: Mapping[str, Tensor], width: int, most: int = 0) -> tuple[Tensor, Tensor]:
+def row_nll(model: nn.Module, inner: Any, rows: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
     """The summed nll of every row and how many answer tokens it has."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = most or (64 if device.type == "cuda" else 8)
+    size = (64 if width < 128 else 32) if device.type == "cuda" else 8  # the logits of a part are gigabytes
     sums, counts = [], []
     for ids, bounds in zip(rows["ids"].split(size), rows["bounds"].split(size), strict=True):
         nll, inside = token_nll(inner, ids.to(device).long(), bounds.to(device).long(), width)
