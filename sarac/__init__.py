@@ -20,10 +20,10 @@ from sarac.ir.errors import (
     WeightError,
 )
 from sarac.ir.graph import ModelGraph, Site
+from sarac.ir.materialised import accumulating
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import __version__ as __version__
-from sarac.ir.schedules import accumulating
 from sarac.monitor import Monitor
 from sarac.onnx_fold import fold_onnx
 from sarac.planning import plan

@@ -15,11 +15,11 @@ from zoo import VOCABULARY, close, differ, llama, mlp, outputs, shake
 
 import sarac
 from sarac.cli import app
-from sarac.ir import schedules
+from sarac.ir import materialised
 from sarac.ir.calls import AUTO, PINNED
 from sarac.ir.cost import Rates, forget_rates, keep_rates, rates_of
 
-CHOICES = ("auto", "two-sided", "right", "left", "materialised", "plain")
+CHOICES = ("auto", "two-sided", "right", "left", "materialised", "rebuilt", "plain")
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     done = runner.invoke(app, ["tune", "--json"])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert {one["schedule"] for one in document["compared"]} == {"right", "left", "materialised", "two-sided"}
+    assert {one["schedule"] for one in document["compared"]} == {"right", "left", "materialised", "rebuilt", "two-sided"}
     assert all(one["predicted"] > 0 and one["measured"] > 0 for one in document["compared"])
     assert "predicted / measured" in runner.invoke(app, ["tune"]).stdout
     done = runner.invoke(app, ["analyze", "zoo:llama", "--tokens", "64", "--json"])
@@ -174,9 +174,9 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
 
 def test_benchmark_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"floor", "peft lora r=8 narrow", "sara rank:32", "sara threshold:0.6 materialised", "mosara threshold:0.5 topk:2"}
-    chosen: dict[str, Any] = {name: make for name, make in train.ways(schedules=True).items() if name in names}
+    chosen: dict[str, Any] = {name: make for name, make in train.ways(schedules=True, width=256).items() if name in names}
     assert set(chosen) == names
-    rows = train.measure("llama", chosen, "cpu", tiny=True, eager=True)
+    rows = train.measure("llama", chosen, "cpu", tiny=True, modes=("eager",))
     assert [row["way"] for row in rows] == list(chosen)
     assert all(row["ms"] > 0 for row in rows)
     assert rows[0]["trains"] == 0 < rows[1]["trains"]
@@ -185,8 +185,8 @@ def test_benchmark_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_accumulation_makes_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    real = schedules._made
-    monkeypatch.setattr(schedules, "_made", lambda *given: made.append(1) or real(*given))
+    real = materialised._made
+    monkeypatch.setattr(materialised, "_made", lambda *given: made.append(1) or real(*given))
     model = set_to("materialised", shake(sarac.transform(mlp(6, 5), "rank:3")))
     shift, x = model.get_parameter("0.sara_shift"), torch.randn(4, 6)
     expected = model(x)

@@ -9,12 +9,15 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from sarac.ir.cost import schedule_at, steps
+from sarac.ir import ready
+from sarac.ir.byhand import lying
+from sarac.ir.cost import LARGEST, schedule_at, steps
+from sarac.ir.ready import PLAIN_TYPES, Steps, recalled, remember
 from sarac.ir.routes import ROUTED
-from sarac.ir.schedules import SCHEDULES, lying
+from sarac.ir.schedules import SCHEDULES
 from sarac.ir.siblings import Siblings
 from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score
 
@@ -29,12 +32,20 @@ def shifted(
     op: str = "linear", siblings: Siblings | None = None,
 ) -> Tensor:  # fmt: skip
     """W x + b + U ((δ ⊙ s) ⊙ V x), shape (…, out), from x (…, in), W as `base` takes it, U (out, k), V (k, in), s and δ (k,)."""
+    if not torch.compiler.is_compiling() and _as_ever(x):
+        name = recalled(x, (shift, weight, bias, u, v, scale), (schedule, op))
+        if name is not None:
+            found: Tensor = _APPLY[name](op, x, weight, bias, u, v, scale, shift, siblings)[0]
+            return found
     trained = u.requires_grad or v.requires_grad
     dtype = running_dtype(x)
     if schedule == PLAIN or not (shift.requires_grad or trained) or not by_hand(dtype, x, weight, bias, u, v, scale, shift):
         plain: Tensor = add(base(op, x, weight, bias), scaled(project(x, v), shift * scale), u)
         return plain
-    name = TWO_SIDED if trained else _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=False)
+    choices = _TWO_SIDED if trained else _choices(schedule, dtype, x, op, weight, u, v, scale, routes=False)
+    if not torch.compiler.is_compiling() and _as_ever(x):
+        remember(x, (shift, weight, bias, u, v, scale), (schedule, op), choices)
+    name = schedule_at(x.numel() // x.shape[-1], choices)
     return _called(SCHEDULES[name], dtype, op, (x, weight, bias, u, v), scale, shift, siblings)
 
 
@@ -44,6 +55,11 @@ def routed(
     inward: Tensor | None, kind: str, schedule: str = AUTO, op: str = "linear", siblings: Siblings | None = None,
 ) -> Tensor:  # fmt: skip
     """W x + b + U ((g (δ ⊙ s)) ⊙ V x) with gates g of R V x, or of R R_in V x: as `shifted`, with δ (sets, k)."""
+    if inward is None and not torch.compiler.is_compiling() and not observed() and _as_ever(x):
+        name = recalled(x, (router, weight, bias, u, v, scale), (schedule, op, kind))
+        if name is not None:
+            found: Tensor = _APPLY_ROUTED[name](op, x, weight, bias, u, v, scale, shift, siblings, router, kind)[0]
+            return found
     tensors = (u, v, scale, shift, router, *(() if inward is None else (inward,)))
     served = (shift.requires_grad or router.requires_grad) and not (u.requires_grad or v.requires_grad)
     dtype = running_dtype(x)
@@ -52,21 +68,31 @@ def routed(
         scores = score(h if inward is None else score(h, inward), router)
         plain: Tensor = add(base(op, x, weight, bias), mix(h, gates_of(scores, kind), shift, scale), u)
         return plain
-    name = _chosen(schedule, dtype, x, op, weight, u, v, scale, routes=True)
-    return _called(ROUTED[name], dtype, op, (x, weight, bias, u, v), scale, shift, siblings, router, inward, kind)
+    choices = _choices(schedule, dtype, x, op, weight, u, v, scale, routes=True)
+    if inward is None and not torch.compiler.is_compiling() and _as_ever(x) and shift.dtype == router.dtype:
+        remember(x, (router, weight, bias, u, v, scale), (schedule, op, kind), choices)
+    name = schedule_at(x.numel() // x.shape[-1], choices)
+    router = router if inward is None else router @ inward  # which few numbers see of all that passes between the products
+    return _called(ROUTED[name], dtype, op, (x, weight, bias, u, v), scale, shift, siblings, router, kind)
 
 
-def _chosen(
+def _choices(
     schedule: str, dtype: torch.dtype, x: Tensor, op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor, *, routes: bool
-) -> str:  # fmt: skip
-    if schedule == PINNED and torch.compiler.is_compiling():
-        return TWO_SIDED
+) -> Steps:  # fmt: skip
+    """The schedules of such calls by tokens, as `schedule_at` takes them."""
+    compiling = torch.compiler.is_compiling()
+    if schedule == TWO_SIDED or (schedule == PINNED and compiling):
+        return _TWO_SIDED
     if schedule in (AUTO, PINNED):
-        (out, rank), inner = u.shape, x.shape[-1]
-        schedule = schedule_at(x.numel() // inner, steps(out, inner, rank, dtype, x.device, routes))
-    if schedule == TWO_SIDED or (routes and schedule not in ROUTED):
-        return TWO_SIDED
-    return schedule if torch.compiler.is_compiling() or still_singular(op, weight, u, v, scale) else TWO_SIDED
+        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes)
+    else:
+        choices = ((LARGEST, schedule if schedule in (ROUTED if routes else SCHEDULES) else TWO_SIDED),)
+    return choices if compiling or still_singular(op, weight, u, v, scale) else _TWO_SIDED
+
+
+def _as_ever(x: Tensor) -> bool:
+    """Whether nothing but autograd looks at a call: no autocast, export, trace or function transform."""
+    return torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and not _transformed()
 
 
 def _called(
@@ -88,7 +114,7 @@ def by_hand(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, 
     if not torch.is_grad_enabled() or weight.requires_grad or dtype not in _DTYPES:
         return False
     for one in (x, weight, *tensors) if bias is None else (x, weight, bias, *tensors):
-        if type(one) not in _PLAIN:
+        if type(one) not in PLAIN_TYPES:
             return False
     if _transformed() or x.is_meta or x.ndim < 2 or x.is_nested or x.layout != torch.strided or x.numel() == 0:
         return False
@@ -101,7 +127,7 @@ def by_hand(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, 
 def _transformed() -> bool:
     """Whether something looks at every operation: an export, a trace, a function transform."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # in torch 2.11 a compiler takes is_exporting() for true
     stack: Any = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
 
@@ -125,6 +151,7 @@ def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor)
 def forget(weight: Tensor) -> None:
     """Look again at a weight that was exchanged: a write by `.data` leaves no trace."""
     _verdicts.pop(id(weight), None)
+    ready.forget()
 
 
 def _drop(owner: int, _: Any) -> None:
@@ -146,7 +173,12 @@ def singular(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
     return bool(torch.stack([(one - other).norm() <= limit * other.norm() for one, other in pairs]).all())
 
 
+_TWO_SIDED: Steps = ((LARGEST, TWO_SIDED),)
+# Function.apply without its look at function transforms, of which there are none (`_as_ever`).
+_APPLY, _APPLY_ROUTED = (
+    {name: torch._C._FunctionBase.__dict__["apply"].__get__(None, one) for name, one in known.items()}
+    for known in (SCHEDULES, ROUTED)
+)
 _DTYPES = {torch.float32, torch.bfloat16, torch.float64}
-_PLAIN = {Tensor, nn.Parameter}
 _MOST = 64  # verdicts on the views of one tensor
 _verdicts: dict[int, tuple[Any, dict[tuple[Any, ...], bool]]] = {}  # by the id of the tensor that holds the weight

@@ -18,11 +18,10 @@ import torch
 
 from sarac.ir.cache import store
 from sarac.ir.errors import SaracError
-from sarac.ir.schedules import EXACT
 
 MEASURED = "tune.json"  # beside what the cache keeps: rates of this machine
 LARGEST = 2**20  # tokens
-NAMES = ("right", "left", "materialised", "two-sided")  # of equally fast ones the first is taken
+NAMES = ("right", "left", "materialised", "rebuilt", "two-sided")  # of equally fast ones the first is taken
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -72,12 +71,12 @@ class Call:
     inner: int
     rank: int
     size: int = 2
-    routed: bool = False  # gates mix the shifts: there is no one-sided form by U, and no weight to make
+    routed: bool = False  # gates mix the shifts: there is no weight to make
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The schedules that can serve."""
-        return ("right", "two-sided") if self.routed else NAMES
+        return ("right", "left", "two-sided") if self.routed else NAMES
 
     def kept(self, schedule: str) -> int:
         """Bytes kept from the forward to the backward."""
@@ -85,18 +84,17 @@ class Call:
 
     def seconds(self, schedule: str, rates: Rates) -> float:
         """Seconds of forward and backward, without those of `floor`."""
-        t, m, n, k = self.tokens, self.out, self.inner, self.rank
-        side = {"right": n, "left": m, "materialised": min(m, n)}.get(schedule)
-        reduced = rates.passes(4 * t * k, self.size, 2)
-        if side is None:
-            thin = 2 * rates.product(t, n, k, self.size) + 2 * rates.product(t, m, k, self.size)
-            return thin + reduced + rates.passes(2 * k * (m + n), self.size, 2) + rates.passes(t * (m + n), self.size, 0)
-        thin = rates.product(t, side, k, self.size)
-        if schedule == "materialised":
-            made = rates.product(m, k, n, self.size) + rates.passes(4 * k * n + m * n, self.size, 2)
-            near = rates.product(m, n, EXACT, self.size) + rates.product(t, max(m, n), EXACT, self.size)
-            return 2 * thin + made + near + reduced + rates.passes(2 * k * side, self.size, 8)
-        return 4 * thin + reduced + rates.passes(4 * k * side, self.size, 2) + rates.passes(2 * t * side, self.size, 0)
+        t, m, n, k, size = self.tokens, self.out, self.inner, self.rank, self.size
+        reduced = rates.passes(2 * t * k, size)
+        if schedule == "two-sided":
+            thin = 2 * rates.product(t, n, k, size) + 2 * rates.product(t, m, k, size)
+            return thin + reduced + rates.passes(2 * k * (m + n) + t * (m + n), size, 2)
+        if schedule in ("right", "left"):  # the sum in place one way, beside x or dY the other
+            side = n if schedule == "right" else m
+            return 4 * rates.product(t, side, k, size) + reduced + rates.passes(4 * k * side + 4 * t * side, size, 3)
+        made = rates.product(m, k, n, size) + rates.passes(2 * k * m + 3 * m * n, size, 2)
+        thin = rates.product(t, min(m, n), k, size)
+        return 2 * thin + (2 if schedule == "rebuilt" else 1) * made + reduced + rates.passes(0, size)
 
     def floor(self, rates: Rates) -> float:
         """Seconds of forward and backward of the frozen linear call."""
@@ -105,8 +103,11 @@ class Call:
         )
 
     def best(self, rates: Rates) -> str:
-        """The fastest schedule that keeps no more than an adapter that trains its factors does: its input, tokens x inner."""
-        room = self.tokens * (self.inner + self.rank) * self.size
+        """The fastest schedule that keeps no more than half an input beside its projection.
+
+        An adapter that trains its factors keeps its input, which siblings share or others keep anyway.
+        """
+        room = self.tokens * (self.inner // 2 + self.rank) * self.size
         fitting = [name for name in self.choices if self.kept(name) <= room]
         return min(fitting, key=lambda name: self.seconds(name, rates))
 

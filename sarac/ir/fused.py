@@ -1,4 +1,7 @@
-"""One kernel for a chain of elementwise steps where Triton runs; None elsewhere, where torch's own operations serve."""
+"""One kernel for a chain of steps where Triton runs; None elsewhere, where torch's own operations serve.
+
+In a compiled graph each is an operator of its own, which the compiler leaves as it is.
+"""
 
 import functools
 import importlib.util
@@ -8,85 +11,165 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS, _WIDTH, _LENGTH = 32, 128, 512  # tokens and columns of a block, tokens of a piece of a sum
+_TOKENS, _RANKS = 64, 32  # tokens and directions of a block of the routed kernels
+_LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
 _SETS = 16  # above it torch's own products are the better way
 
-Mixed = tuple[Tensor, Tensor]  # h ⊙ (g m), scores
+Some = Tensor | None
+Long = tuple[Tensor, Tensor, Tensor]
+Mixed = tuple[Tensor, Tensor]  # h ⊙ (mᵀ g), scores
 Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
 
 
-def mixed(h: Tensor, router: Tensor, inward: Tensor | None, shift: Tensor, kind: str) -> Mixed | None:
-    """h ⊙ (g m) in h's dtype and the scores (tokens, sets), from h (tokens, k), R and m (sets, k)."""
-    kernels = _kernels(h) if inward is None and _fits(h, router, shift) else None
-    if kernels is None:
+def mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed | None:
+    """h ⊙ (mᵀ g) in h's dtype and the scores (sets, tokens), from h (k, tokens), R and m (sets, k)."""
+    if not _fits(h, router, shift):
         return None
-    (tokens, rank), sets = h.shape, len(router)
-    done, scores = h.new_empty(h.shape), torch.empty(tokens, sets, device=h.device, dtype=torch.float32)
-    code, count = kernels.kind_of(kind)
-    how = {"sets": sets, "padded": _padded(sets), "kind": code, "count": count, "rows": _ROWS, "width": _WIDTH}
-    kernels.forward[(-(-tokens // _ROWS),)](
-        h, router.contiguous(), shift.contiguous(), done, scores, tokens, rank, h.stride(0), **how
-    )
+    found: Mixed = (_mixed_in_graph if torch.compiler.is_compiling() else _mixed)(h, router, shift, kind)
+    return found
+
+
+def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back | None:
+    """The gradients of h (k, tokens), m and R (sets, k), from that of h ⊙ (mᵀ g)."""
+    compiling = torch.compiler.is_compiling()
+    if dmixed.dtype != h.dtype or (torch.is_grad_enabled() and not compiling) or not _fits(h, router, shift):
+        return None
+    found: Back = (_back_in_graph if compiling else _back)(dmixed, h, scores, shift, router, kind)
+    return found
+
+
+def sums(g: Tensor, h: Tensor, shift: Some, long: Long | None, near: float) -> Some:
+    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below `near`.
+
+    Where it is, g is s ⊙ V x of `long`: x (tokens, in), V (k, in) and s (k,).
+    """
+    if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
+        return None
+    x, v, scale = (None, None, None) if long is None else long
+    return (_sums_in_graph if torch.compiler.is_compiling() else _sums)(g, h, shift, x, v, scale, near)
+
+
+def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
+    """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < near, from x (tokens, in) and V (k, in), and into no other."""
+    (_mend_in_graph if torch.compiler.is_compiling() else _mend)(h, x, v, scale, shift, near)
+
+
+def _sums(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float) -> Tensor:
+    rank, tokens = h.shape
+    pieces = -(-tokens // _LENGTH)
+    out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
+    strides = (0, 0, 0, 0, 0) if x is None or v is None else (*x.stride(), *v.stride(), x.shape[1])
+    tensors = (g, h, *(out if one is None else one for one in (shift, x, v, scale)), out)
+    numbers = (tokens, g.stride(0), h.stride(0), *strides, near)
+    _launch("sums", (rank, pieces, 1), tensors, numbers, (shift is not None, x is not None, _LENGTH, _WIDTH))
+    return out.view(rank) if pieces == 1 else out.sum(0)
+
+
+def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed:
+    (rank, tokens), sets = h.shape, len(router)
+    done = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
+    scores = torch.empty((sets, tokens), device=h.device, dtype=torch.float32)
+    tensors = (h, router.contiguous(), shift.contiguous(), done, scores)
+    _launch("forward", (-(-tokens // _TOKENS), 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
     return done, scores
 
 
-def back(
-    dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, inward: Tensor | None, kind: str
-) -> Back | None:
-    """The gradients of h (tokens, k), m and R (sets, k), from that of h ⊙ (g m)."""
-    fits = inward is None and dmixed.dtype == h.dtype and not torch.is_grad_enabled() and _fits(h, router, shift)
-    kernels = _kernels(h) if fits else None
-    if kernels is None:
-        return None
-    (tokens, rank), sets, blocks = h.shape, len(router), -(-len(h) // _ROWS)
-    dh, shares = h.new_empty(h.shape), torch.empty(2, blocks, sets, rank, device=h.device, dtype=torch.float32)
-    code, count = kernels.kind_of(kind)
-    how = {"sets": sets, "padded": _padded(sets), "kind": code, "count": count, "rows": _ROWS, "width": _WIDTH}
-    given = (dmixed.contiguous(), h, scores, router.contiguous(), shift.contiguous())
-    kernels.backward[(blocks,)](*given, dh, shares[0], shares[1], tokens, rank, h.stride(0), **how)
-    dshift, drouter = shares.sum(1)
+def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
+    (rank, tokens), sets, blocks = h.shape, len(router), -(-h.shape[1] // _TOKENS)
+    dh = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
+    shares = torch.empty((blocks, 2, sets, rank), device=h.device, dtype=torch.float32)
+    tensors = (dmixed.contiguous(), h, scores, router.contiguous(), shift.contiguous(), dh, shares)
+    _launch("backward", (blocks, 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
+    dshift, drouter = shares.sum(0)
     return dh, dshift, drouter
 
 
-def sums(g: Tensor, h: Tensor) -> Tensor | None:
-    """Σ g ⊙ h over the rows (tokens, k) of both, in float32."""
-    fits = g.dtype == h.dtype == torch.bfloat16 and not torch.is_grad_enabled() and g.is_contiguous() and h.stride(1) == 1
-    kernels = _kernels(h) if fits else None
-    if kernels is None:
-        return None
-    tokens, rank = h.shape
-    pieces = -(-tokens // _LENGTH)
-    out = torch.empty(pieces, rank, device=h.device, dtype=torch.float32)
-    kernels.sums[(pieces, -(-rank // _WIDTH))](g, h, out, tokens, rank, h.stride(0), length=_LENGTH, rows=_ROWS, width=_WIDTH)
-    return out.sum(0)
+def _apart(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
+    dh, dshift, drouter = _back(dmixed, h, scores, shift, router, kind)
+    return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
+
+
+def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
+    if _runs(h) and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1:
+        rank, tokens = h.shape
+        numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), near)
+        _launch("mend", (-(-tokens // 64), 1, 1), (h, x, v, scale, shift), numbers, (_WIDTH, 64, 64))
+        return
+    found = ((1 + shift).abs() < near).nonzero().squeeze(1)  # which the host waits for
+    if len(found):
+        h[found] = (scale[found].unsqueeze(1) * (v[found] @ x.mT)).to(h.dtype)
+
+
+@functools.cache
+def _how(sets: int, kind: str) -> tuple[int, ...]:
+    """The constants of a routed kernel."""
+    code, count = _kernels().kind_of(kind)
+    return sets, _SETS, code, count, _TOKENS, _RANKS
+
+
+def _launch(
+    name: str, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...]
+) -> None:  # fmt: skip
+    """Run a kernel; again with numbers that it was compiled for, without Triton's own look at every argument (50 µs a call)."""
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(name, grid, tensors, numbers, constants)
+        return
+    key = (name, device.index, numbers, constants, tuple([(one.dtype, one.data_ptr() % 16) for one in tensors]))
+    ready = _compiled.get(key)
+    if ready is not None:
+        ready[grid](*tensors, *numbers, *constants)
+        return
+    made = getattr(_kernels(), name)[grid](*tensors, *numbers, *constants)
+    if made is not None and len(_compiled) < _MOST:
+        _compiled[key] = made
+
+
+_compiled: dict[Any, Any] = {}
+_MOST = 4096
+_mixed_in_graph = torch.library.custom_op("sarac::mixed", _mixed, mutates_args=())
+_back_in_graph = torch.library.custom_op("sarac::routed_back", _apart, mutates_args=())
+_sums_in_graph = torch.library.custom_op("sarac::sums", _sums, mutates_args=())
+_mend_in_graph = torch.library.custom_op("sarac::mend", _mend, mutates_args=("h",))
+
+
+@_mixed_in_graph.register_fake
+def _(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed:
+    return h.new_empty(h.shape), h.new_empty(len(router), h.shape[1], dtype=torch.float32)
+
+
+@_back_in_graph.register_fake
+def _(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
+    return h.new_empty(h.shape), shift.new_empty(shift.shape), router.new_empty(router.shape)
+
+
+@_sums_in_graph.register_fake
+def _(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float) -> Tensor:
+    return h.new_empty(len(h), dtype=torch.float32)
+
+
+@_mend_in_graph.register_fake
+def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
+    return None
 
 
 def _fits(h: Tensor, router: Tensor, shift: Tensor) -> bool:
     narrow = h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
-    return narrow and router.dtype == shift.dtype == torch.float32 and len(router) <= _SETS
+    return narrow and router.dtype == shift.dtype == torch.float32 and len(router) <= _SETS and _runs(h)
 
 
-def _kernels(h: Tensor) -> Any:
-    """The kernels where they run on h's device; a compiler makes its own of torch's operations."""
-    if torch.compiler.is_compiling() or not (h.is_cuda or _interpreted()):
-        return None
-    return _module()
+def _runs(h: Tensor) -> bool:
+    """Whether the kernels run on h's device, or are interpreted on the CPU, as tests ask for."""
+    return _THERE and (h.is_cuda or _INTERPRETED)
 
 
 @functools.cache
-def _module() -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return None
+def _kernels() -> Any:
     from sarac.ir import kernels
 
     return kernels
 
 
-@functools.cache
-def _interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU, as tests ask for."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _padded(sets: int) -> int:
-    return max(2, 1 << (sets - 1).bit_length())
+_THERE = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,123 +1,140 @@
-"""A routed linear call with gradients by hand: y = W x + b + U ((g m) ⊙ h) with h = V x, gates g (tokens, sets), m the shifts.
+"""A routed linear call with gradients by hand: y = W x + b + U ((mᵀ g) ⊙ h) with h = V x, gates g (sets, tokens), m the shifts.
 
-As in sarac.ir.schedules the sum can be taken on the output, with m = δ ⊙ s, or on the input (right): W (x + Vᵀ ((g δ) ⊙ h)) + b.
-Kept are h and the scores, tokens x (k + sets) numbers; what stands between them and y is computed again.
+As in sarac.ir.schedules the sum can be taken on the output, with m = δ ⊙ s, on the input (right): W (x + Vᵀ ((δᵀ g) ⊙ h)) + b, or
+with h = s⁻¹ Uᵀ W x on the output by U alone (left). Kept are h and the scores, tokens x (k + sets) numbers; what stands between
+them and y is computed again.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from sarac.ir import fused
-from sarac.ir.schedules import Made, Some, again, gradients, keep, plus, projected, rows, saved
+from sarac.ir.byhand import Made, Some, again, expanded, gradients, keep, lain, plus, projected, rows, saved, times, unbiased
 from sarac.ir.siblings import Siblings
 from sarac.ir.terms import base, gates_of
 
-# The operation, x, W, b, U, V, s, δ (sets, k), who projects x with it, R (sets, k) or (sets, width), R_in (width, k), the kind
-# of router.
-Given = tuple[str, Tensor, Tensor, Some, Tensor, Tensor, Tensor, Tensor, Siblings | None, Tensor, Some, str]
+# The operation, x, W, b, U, V, s, δ (sets, k), who projects x with it, R (sets, k), the kind of router.
+Given = tuple[str, Tensor, Tensor, Some, Tensor, Tensor, Tensor, Tensor, Siblings | None, Tensor, str]
 
 
 class RoutedTwoSided(torch.autograd.Function):
-    """(W x + b) + U ((g (δ ⊙ s)) ⊙ V x)."""
+    """(W x + b) + U (((δ ⊙ s)ᵀ g) ⊙ V x)."""
 
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, u, v, scale, shift, siblings, router, inward, ctx.kind = given
-        h, y = projected(x, v, siblings), base(op, x, weight, bias)
-        mixed, scores = _mixed(h, router, inward, shift * scale, ctx.kind)
-        keep(ctx, op, x, weight, u, v, scale, shift, router, inward, h, scores)
-        return torch.addmm(rows(y), mixed, u.mT).view(y.shape), h
+        op, x, weight, bias, u, v, scale, shift, siblings, router, ctx.kind = given
+        h = projected(x, v, siblings)
+        mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
+        keep(ctx, op, x, weight, u, v, scale, shift, router, h, scores)
+        return expanded(base(op, x, weight, bias), mixed, lain(u.mT)), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
         """dX = dY W + dh V, with dh what `_back` makes of dY U."""
-        weight, u, v, scale, shift, router, inward, h, scores = saved(ctx)
+        weight, u, v, scale, shift, router, h, scores = saved(ctx)
         dx, done = None, _NOTHING
         if dy is not None:
-            done = _back(rows(dy) @ u, h, scores, shift * scale, router, inward, ctx.kind)
-            dx = torch.addmm(rows(dy) @ weight, done.h, v) if ctx.needs_input_grad[1] else None
+            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift * scale, router, ctx.kind)
+            dx = expanded(rows(dy) @ weight, done.h, v) if ctx.needs_input_grad[1] else None
         if dh is not None and again():
-            dx = plus(dx, dh @ v)
+            dx = plus(dx, dh.mT @ v)
         dshift = None if done.shift is None else done.shift * scale
-        return *gradients(ctx, dy, dx, dshift), done.router, done.inward, None
+        return *gradients(ctx, dy, dx, dshift), done.router, None
 
 
 class RoutedRight(torch.autograd.Function):
-    """W (x + Vᵀ ((g δ) ⊙ V x)) + b."""
+    """W (x + Vᵀ ((δᵀ g) ⊙ V x)) + b."""
 
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = V x."""
-        op, x, weight, bias, _, v, _, shift, siblings, router, inward, ctx.kind = given
+        op, x, weight, bias, _, v, _, shift, siblings, router, ctx.kind = given
         h = projected(x, v, siblings)
-        mixed, scores = _mixed(h, router, inward, shift, ctx.kind)
-        keep(ctx, op, x, weight, v, shift, router, inward, h, scores)
-        moved = torch.addmm(rows(x), mixed, v)
+        mixed, scores = _mixed(h, router, shift, ctx.kind)
+        keep(ctx, op, x, weight, v, shift, router, h, scores)
+        moved = torch.addmm(rows(x), mixed.mT, v)
         return base(op, moved.view(x.shape), weight, bias), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
         """dX' = dY W; dX = dX' + dh V, with dh what `_back` makes of V dX'."""
-        weight, v, shift, router, inward, h, scores = saved(ctx)
+        weight, v, shift, router, h, scores = saved(ctx)
         dx, done = None, _NOTHING
         if dy is not None:
             dx = rows(dy) @ weight
-            done = _back(dx @ v.mT, h, scores, shift, router, inward, ctx.kind)
-            dx = torch.addmm(dx, done.h, v) if ctx.needs_input_grad[1] else None
+            done = _back(projected(dx, v), h, scores, shift, router, ctx.kind)
+            dx = expanded(dx, done.h, v) if ctx.needs_input_grad[1] else None
         if dh is not None and again():
-            dx = plus(dx, dh @ v)
-        return *gradients(ctx, dy, dx, done.shift), done.router, done.inward, None
+            dx = plus(dx, dh.mT @ v)
+        return *gradients(ctx, dy, dx, done.shift), done.router, None
 
 
-ROUTED: dict[str, type[torch.autograd.Function]] = {"two-sided": RoutedTwoSided, "right": RoutedRight}
+class RoutedLeft(torch.autograd.Function):
+    """(W x + b) + U (((δ ⊙ s)ᵀ g) ⊙ s⁻¹ Uᵀ W x)."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: *Given) -> Made:
+        """As the class says; h = s⁻¹ Uᵀ W x, which is V x."""
+        op, x, weight, bias, u, _, scale, shift, _, router, ctx.kind = given
+        y = base(op, x, weight, bias)
+        h = unbiased(y, bias, times(u.mT, 1 / scale))
+        mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
+        keep(ctx, op, x, weight, u, scale, shift, router, h, scores)
+        return expanded(y, mixed, lain(u.mT)), h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Some, dh: Some) -> Any:
+        """dX = (dY + (s⁻¹ dh)ᵀ Uᵀ) W, with dh what `_back` makes of dY U."""
+        weight, u, scale, shift, router, h, scores = saved(ctx)
+        dx, done = None, _NOTHING
+        if dy is not None:
+            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift * scale, router, ctx.kind)
+            moved = torch.addmm(rows(dy), done.h.mT, times(u.mT, 1 / scale))
+            dx = moved @ weight if ctx.needs_input_grad[1] else None
+        if dh is not None and again():
+            dx = plus(dx, (dh.mT @ times(u.mT, 1 / scale)) @ weight)
+        dshift = None if done.shift is None else done.shift * scale
+        return *gradients(ctx, dy, dx, dshift), done.router, None
+
+
+ROUTED: dict[str, type[torch.autograd.Function]] = {"two-sided": RoutedTwoSided, "right": RoutedRight, "left": RoutedLeft}
 
 
 class _Done(NamedTuple):
-    """Gradients of h in its dtype, of the shifts (sets, k) that the gates mix, of R and of R_in."""
+    """Gradients of h (k, tokens) in its dtype, of the shifts (sets, k) that the gates mix, and of R."""
 
     h: Any
     shift: Some
     router: Some
-    inward: Some
 
 
-_NOTHING = _Done(None, None, None, None)
+_NOTHING = _Done(None, None, None)
 
 
-def _scores(h: Tensor, router: Tensor, inward: Some) -> Tensor:
-    """R h in the router's dtype."""
-    seen = h.to(router.dtype)
-    return linear(seen if inward is None else linear(seen, inward), router)
-
-
-def _mixed(h: Tensor, router: Tensor, inward: Some, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """h ⊙ (g m), and the scores that g is of."""
-    found = fused.mixed(h, router, inward, shift, kind)
+def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """h ⊙ (mᵀ g), and the scores R h (sets, tokens) that g is of."""
+    found = fused.mixed(h, router, shift, kind)
     if found is None:
-        scores = _scores(h, router, inward)
-        found = (h * (gates_of(scores, kind).to(shift.dtype) @ shift)).to(h.dtype), scores
+        scores = router @ h.to(router.dtype)
+        found = (h * (shift.mT @ gates_of(scores.mT, kind).mT.to(shift.dtype))).to(h.dtype), scores
     return found
 
 
-def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, inward: Some, kind: str) -> _Done:
-    """The gradients behind (g m) ⊙ h: through h itself, through the shifts m, and through the gates g = softmax(R h)."""
-    done = fused.back(dmixed, h, scores, shift, router, inward, kind)
+def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> _Done:
+    """The gradients behind (mᵀ g) ⊙ h: through h itself, through the shifts m, and through the gates g = softmax(R h)."""
+    done = fused.back(dmixed, h, scores, shift, router, kind)
     if done is not None:
-        return _Done(*done, None)
+        return _Done(*done)
+    seen = h.to(router.dtype)
     if torch.is_grad_enabled():
-        scores = _scores(h, router, inward)  # of which h and the router are to be seen again
-    gates, soft = gates_of(scores, kind).to(shift.dtype), torch.softmax(scores, -1)
+        scores = router @ seen  # of which h and the router are to be seen again
+    gates, soft = gates_of(scores.mT, kind).mT.to(shift.dtype), torch.softmax(scores, 0)
     dvalues = dmixed * h.to(shift.dtype)
-    dgates = (dvalues @ shift.mT).to(soft.dtype)
+    dgates = (shift @ dvalues).to(soft.dtype)
     dsoft = dgates * (gates != 0) if kind.startswith("topk:") else dgates
-    dscores = soft * (dsoft - (soft * dsoft).sum(-1, keepdim=True))
-    seen, dwidth = h.to(router.dtype), dscores @ router
-    through = (dmixed * (gates @ shift)).to(h.dtype)
-    if inward is None:
-        return _Done(through + dwidth.to(h.dtype), gates.mT @ dvalues, dscores.mT @ seen, None)
-    drouter = dscores.mT @ linear(seen, inward)
-    return _Done(through + (dwidth @ inward).to(h.dtype), gates.mT @ dvalues, drouter, dwidth.mT @ seen)
+    dscores = soft * (dsoft - (soft * dsoft).sum(0))
+    through = (dmixed * (shift.mT @ gates)).to(h.dtype)
+    return _Done(through + (router.mT @ dscores).to(h.dtype), gates @ dvalues.mT, dscores @ seen.mT)

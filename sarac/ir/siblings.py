@@ -22,21 +22,21 @@ class Siblings:
         self.members, self._last = members, _Last()
 
     def project(self, x: Tensor, v: Tensor) -> Tensor:
-        """V x of every row, (rows, k), from x (…, in) and V (k, in)."""
+        """V x of every row, (k, rows), from x (…, in) and V (k, in)."""
         last = self._last
         if last.x() is x and last.version == x._version and id(v) in last.ready:
             return last.ready.pop(id(v))
         if last.ready:  # somebody did not come: it goes another way
             self.members = [(module, name) for module, name in self.members if id(module._parameters.get(name)) not in last.ready]
             last.ready = {}
-        flat, joint = x.reshape(-1, x.shape[-1]), list[Tensor]()
+        flat, joint = x.reshape(-1, x.shape[-1]).mT, list[Tensor]()
         for module, name in self.members:
             one = module._parameters.get(name)
             if one is not None and _joins(one, v):
                 joint.append(one)
         if len(joint) < 2 or not any(one is v for one in joint):
-            return flat @ v.mT
-        parts = torch.split(flat @ torch.cat(joint).mT, [len(one) for one in joint], 1)
+            return v @ flat
+        parts = torch.split(torch.cat(joint) @ flat, [len(one) for one in joint])
         last.x, last.version = weakref.ref(x), x._version
         last.ready = {id(one): part for one, part in zip(joint, parts, strict=True)}
         return last.ready.pop(id(v))

@@ -19,8 +19,10 @@ def leaf(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
-        return function(*args) if proxy is None else proxy.tracer.create_proxy("call_function", call, args, {})
+        for arg in args:
+            if isinstance(arg, fx.Proxy):
+                return arg.tracer.create_proxy("call_function", call, args, {})
+        return function(*args)
 
     return call
 

@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 from torch import Tensor
-from zoo import close
+from zoo import close, differ, same
 
 from sarac.ir import check, fused, routes
-from sarac.ir.schedules import sums
+from sarac.ir.byhand import NEAR, sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
@@ -19,6 +19,10 @@ SIZES = [(70, 150, 5), (33, 20, 3), (64, 128, 4), (5, 7, 2), (1, 1, 1), (1030, 6
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_THERE", False)
 
 
 @needs_triton
@@ -31,16 +35,16 @@ def test_routing_is_torchs(
 ) -> None:
     if kind == "topk:2" and sets < 2:
         pytest.skip("there is but one set")
-    h, dmixed = random(tokens, rank + 3, dtype=dtype)[:, 1 : rank + 1], random(tokens, rank, dtype=dtype).flip(0)
+    h, dmixed = random(rank, tokens + 3, dtype=dtype)[:, 1 : tokens + 1], random(rank, tokens, dtype=dtype).flip(0)
     router, shift = random(sets, rank) / rank**0.5, random(sets, rank).flip(1)
-    found = fused.mixed(h, router, None, shift, kind)
+    found = fused.mixed(h, router, shift, kind)
     assert found is not None
-    back = fused.back(dmixed, h, found[1], shift, router, None, kind)
+    back = fused.back(dmixed, h, found[1], shift, router, kind)
     assert back is not None
-    monkeypatch.setattr(fused, "_module", lambda: None)
-    expected = routes._mixed(h, router, None, shift, kind)
-    assert fused.mixed(h, router, None, shift, kind) is None
-    done = routes._back(dmixed, h, expected[1], shift, router, None, kind)
+    without_triton(monkeypatch)
+    expected = routes._mixed(h, router, shift, kind)
+    assert fused.mixed(h, router, shift, kind) is None
+    done = routes._back(dmixed, h, expected[1], shift, router, kind)
     close(found[1], expected[1])
     for one, other in zip((found[0], *back[:2]), (expected[0], done.h, done.shift), strict=True):
         assert one.dtype == other.dtype
@@ -51,28 +55,68 @@ def test_routing_is_torchs(
 
 @needs_triton
 @torch.no_grad()
-@pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (513, 130), (2048, 614)])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (513, 130), (2048, 614), (9000, 3)])
 def test_sums_are_in_float32(tokens: int, rank: int) -> None:
-    g, h = random(tokens, rank, dtype=torch.bfloat16), random(tokens, rank + 2, dtype=torch.bfloat16)[:, 1 : rank + 1]
-    found = fused.sums(g, h)
+    g, h = random(rank, tokens, dtype=torch.bfloat16), random(rank, tokens + 2, dtype=torch.bfloat16)[:, 1 : tokens + 1]
+    found = fused.sums(g, h, None, None, NEAR)
     assert found is not None
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), (g.double() * h.double()).sum(0), rtol=1e-5, atol=1e-3)
+    exact = (g.double() * h.double()).sum(1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
+    shift = torch.linspace(-2, 2, rank, device=DEVICE)
+    divided = fused.sums(g, h, shift, None, NEAR)
+    assert divided is not None
+    c = 1 + shift.double()
+    torch.testing.assert_close(divided.double(), exact / torch.where(c.abs() < NEAR, 1.0, c), rtol=1e-5, atol=4e-3)
 
 
 @torch.no_grad()
 def test_sums_without_triton_are_in_float32_too() -> None:
-    g, h = random(3000, 20, dtype=torch.bfloat16).cpu(), random(3000, 20, dtype=torch.bfloat16).flip(0).cpu()
-    exact = (g.double() * h.double()).sum(0)
+    g, h = random(20, 9000, dtype=torch.bfloat16).cpu(), random(20, 9000, dtype=torch.bfloat16).flip(1).cpu()
+    exact = (g.double() * h.double()).sum(1)
     torch.testing.assert_close(sums(g, h).double(), exact, rtol=1e-5, atol=1e-3)
-    assert float(((g * h).sum(0, dtype=torch.float32).double() - exact).abs().max()) > 1e-2  # what rounding first would lose
+    assert float(((g * h).sum(1, dtype=torch.float32).double() - exact).abs().max()) > 1e-2  # what rounding first would lose
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("triton", [pytest.param(True, marks=needs_triton), False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_near_zero_are_mended_and_no_other(dtype: torch.dtype, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not triton:
+        without_triton(monkeypatch)
+    h, x, u = random(7, 130, dtype=dtype), random(130, 90, dtype=dtype), random(90, 7, dtype=dtype)
+    scale, before = random(7).abs(), h.clone()
+    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.5, -0.7, 1.0, -3.0, 0.2, -1.26], device=DEVICE), NEAR)
+    same(h, before)
+    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.0, -0.8, 1.0, -1.2, 0.2, -1.3], device=DEVICE), NEAR)
+    for row in range(7):
+        if row in (1, 2, 4):
+            exact = scale[row].double() * (x.double() @ u[:, row].double())
+            assert float((h[row].double() - exact).norm() / exact.norm()) < check.gate(dtype) / 5
+            differ(h[row], before[row])
+        else:
+            same(h[row], before[row])
 
 
 def test_what_kernels_do_not_have_is_left_to_torch() -> None:
-    h, shift = random(4, 6), random(3, 6)
-    assert fused.mixed(h, random(3, 2), random(2, 6), shift, "soft") is None  # a bottleneck
-    assert fused.mixed(h, random(20, 6), None, random(20, 6), "soft") is None  # more sets than a row of registers
-    assert fused.mixed(h.double(), random(3, 6).double(), None, shift.double(), "soft") is None
-    assert fused.sums(h, h) is None  # float32 needs no other sum
+    h, shift = random(6, 4), random(3, 6)
+    assert fused.mixed(h, random(20, 6), random(20, 6), "soft") is None  # more sets than a row of registers
+    assert fused.mixed(h.double(), random(3, 6).double(), shift.double(), "soft") is None
+    assert fused.sums(h, h, None, None, NEAR) is None  # float32 needs no other sum
     with torch.enable_grad():  # a gradient that is to be differentiated again
-        assert fused.back(h, h, random(4, 3), shift, random(3, 6), None, "soft") is None
+        assert fused.back(h, h, random(3, 4), shift, random(3, 6), "soft") is None
+
+
+@needs_triton
+@torch.no_grad()
+def test_sums_take_the_long_way_where_nothing_divides() -> None:
+    g, h = (random(5, 9000, dtype=torch.bfloat16).roll(one, 1) for one in (0, 1))
+    x, u, scale = random(9000, 70, dtype=torch.bfloat16), random(70, 5, dtype=torch.bfloat16), random(5).abs()
+    shift = torch.tensor([0.0, -1.0, -0.8, 1.0, -3.0], device=DEVICE)
+    found = fused.sums(g, h, shift, (x, u.mT, scale), NEAR)
+    assert found is not None
+    plain = (g.double() * h.double()).sum(1) / (1 + shift.double())
+    long = (scale.double()[:, None] * (u.double().mT @ x.double().mT) * h.double()).sum(1)
+    near = (1 + shift).abs() < NEAR
+    torch.testing.assert_close(found.double(), torch.where(near, long, plain), rtol=1e-4, atol=1e-2)
+    differ(found[near], fused.sums(g, h, shift, None, NEAR)[near])

@@ -61,7 +61,7 @@ def test_site_compiles_once_for_all_steps(method: str, site: str) -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("schedule", ["two-sided", "right", "left", "materialised", "plain"])
+@pytest.mark.parametrize("schedule", ["two-sided", "right", "left", "materialised", "rebuilt", "plain"])
 @pytest.mark.parametrize("method", ["sara", "mosara"])
 def test_every_schedule_compiles_once_for_all_steps(method: str, schedule: str, site: str) -> None:
     model, x = shake(sarac.transform(SITES[site](), **METHODS[method])), torch.randn(3, 6)
@@ -90,11 +90,11 @@ def products(schedule: str, tokens: int = 64, out: int = 24, inner: int = 16, ra
 def test_compiled_products_are_those_of_the_schedule_and_no_more() -> None:
     t, m, n, k = 64, 24, 16, 4
     frozen = 4 * t * m * n
-    near = 2 * m * n * k + 2 * t * m * k  # of directions that a materialised call takes the long way: here all
     assert products("two-sided") == frozen + 4 * t * k * (m + n)
     assert products("right") == frozen + 8 * t * k * n
     assert products("left") == frozen + 8 * t * k * m + 2 * m * k  # the last takes the bias off a projection
-    assert products("materialised") == frozen + 4 * t * k * n + 2 * k * m * n + near
+    assert products("materialised") == frozen + 4 * t * k * n + 2 * k * m * n
+    assert products("rebuilt") == frozen + 4 * t * k * n + 4 * k * m * n
 
 
 def test_tokens_that_change_compile_once_a_range() -> None:

@@ -1,0 +1,125 @@
+"""What gradients that are written by hand have in common, whichever order of products they belong to (sarac.ir.schedules).
+
+Projections lie as (k, tokens), each direction a row: products of a rank that is no multiple of eight then have rows of whole 16
+bytes all the same, without which a GPU takes three times as long, and sums over tokens read what lies together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarac.ir import fused
+from sarac.ir.siblings import Siblings
+
+NEAR = 0.25  # below it |1 + δ| divides nothing
+_PIECE = 4096  # tokens
+
+Made = tuple[Tensor, Tensor]  # y, h
+Some = Tensor | None
+Long = tuple[Tensor, Tensor, Tensor]  # x (tokens, in), V (k, in) and s (k,)
+
+
+def rows(x: Tensor) -> Tensor:
+    """All but the last dimension as one."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def projected(x: Tensor, v: Tensor, siblings: Siblings | None = None) -> Tensor:
+    """V x of every row, (k, tokens), with those of siblings where there are such."""
+    return lain(v) @ rows(x).mT if siblings is None else siblings.project(x, v)
+
+
+def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    """y + hᵀ u in place of y (…, n), from h (k, tokens) and u (k, n); beside y where that is to be differentiated again."""
+    flat = rows(y)
+    flat = torch.addmm(flat, h.mT, u) if differentiable() else flat.addmm_(h.mT, u)
+    return flat.view(y.shape)
+
+
+def unbiased(y: Tensor, bias: Some, u: Tensor) -> Tensor:
+    """Uᵀ (y - b) of every row, (k, tokens), from U as (k, out)."""
+    flat = rows(y).mT
+    return u @ flat if bias is None else torch.addmm(-(u @ bias).unsqueeze(1), u, flat)
+
+
+def lain(matrix: Tensor) -> Tensor:
+    """A matrix (k, …), copied where a GPU's products would be slow with it: its rows are no whole 16 bytes apart."""
+    if matrix.is_cuda and max(matrix.stride()) * matrix.element_size() % 16:
+        return matrix.contiguous()
+    return matrix
+
+
+def times(matrix: Tensor, values: Tensor) -> Tensor:
+    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; its rows lie together."""
+    if differentiable() or torch.compiler.is_compiling():
+        return (matrix * values.unsqueeze(-1)).to(matrix.dtype).contiguous()
+    return torch.mul(matrix, values.unsqueeze(-1), out=matrix.new_empty(matrix.shape))  # nothing wider is written in between
+
+
+def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> Tensor:
+    """Σ g ⊙ h over the tokens of (k, tokens), in float32 at least, divided by 1 + δ where δ is given and that is not near zero.
+
+    Where it is near zero g stands for what `long` gives, s ⊙ V x of x (tokens, in), V and s. Products that are rounded to
+    bfloat16 first would lose half of the digits.
+    """
+    if not differentiable() or torch.compiler.is_compiling():
+        found = fused.sums(g, h, shift, long, NEAR)
+        if found is not None:
+            return found
+        if long is not None and shift is not None:
+            fused.mend(g, *long, shift, NEAR)
+    if g.dtype == torch.bfloat16 and not (differentiable() or torch.compiler.is_compiling()):
+        # Piece by piece, so that nothing of all tokens is there in float32.
+        pieces = zip(torch.split(g, _PIECE, 1), torch.split(h, _PIECE, 1), strict=True)
+        return over(torch.stack([torch.mul(one, other.float()).sum(1) for one, other in pieces]).sum(0), shift)
+    return over((g.float() * h.float() if g.dtype == torch.bfloat16 else g * h).sum(1), shift)
+
+
+def over(total: Tensor, shift: Some) -> Tensor:
+    """Divided by 1 + δ where that is not near zero."""
+    if shift is None:
+        return total
+    c = 1 + shift
+    return total / torch.where(c.abs() < NEAR, torch.ones_like(c), c)
+
+
+def keep(ctx: Any, op: str, x: Tensor, *tensors: Some) -> None:
+    """Keep what the backward needs, in its order."""
+    ctx.op, ctx.shape = op, x.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def saved(ctx: Any, place: int = 0) -> list[Any]:
+    """What was kept, the weight at this place as (out, in)."""
+    found = list(ctx.saved_tensors)
+    found[place] = lying(ctx.op, found[place])
+    return found
+
+
+def lying(op: str, weight: Tensor) -> Tensor:
+    """The weight of an operation as (out, in)."""
+    return weight if op == "linear" else weight.mT
+
+
+def gradients(ctx: Any, dy: Some, dx: Some, dshift: Some, du: Some = None, dv: Some = None) -> tuple[Some, ...]:
+    """The gradients in the order of a call's arguments, dX in the shape of x."""
+    dx = dx.view(ctx.shape) if dx is not None and ctx.needs_input_grad[1] else None
+    dbias = rows(dy).sum(0) if dy is not None and ctx.needs_input_grad[3] else None
+    return None, dx, None, dbias, du, dv, None, dshift, None
+
+
+def differentiable() -> bool:
+    """Whether what a backward computes is to be differentiated again: it runs with create_graph."""
+    return torch.is_grad_enabled()
+
+
+def again() -> bool:
+    """Whether a gradient at h is a second derivative: a compiler has none, and makes zeros of what has no gradient."""
+    return not torch.compiler.is_compiling()
+
+
+def plus(one: Some, other: Tensor) -> Tensor:
+    """The sum, where there is a first."""
+    return other if one is None else one + other

@@ -1,0 +1,133 @@
+"""The schedule that makes the weight itself: (W + U diag(δ s) V) x + b, δ's gradient by thin products on the smaller side alone.
+
+On the right V dX = (1 + δ) ⊙ s ⊙ Uᵀ dY gives what the formula takes from dY, on the left Uᵀ (y - b) = (1 + δ) ⊙ s ⊙ V x what it
+takes from x. Directions where |1 + δ| < NEAR divide nothing: they are computed from dY and from x.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarac.ir import fused
+from sarac.ir.byhand import (
+    NEAR,
+    Made,
+    Some,
+    again,
+    differentiable,
+    gradients,
+    keep,
+    lain,
+    lying,
+    over,
+    plus,
+    projected,
+    rows,
+    saved,
+    sums,
+    times,
+    unbiased,
+)
+from sarac.ir.terms import base
+
+
+class Materialised(torch.autograd.Function):
+    """(W + U diag(δ s) V) x + b, the weight made once for both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Made:
+        """As the class says; h = V x on the right, Uᵀ (y - b), mended, on the left."""
+        return _forward(ctx, given, kept=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Some, dh: Some) -> Any:
+        """dX = dY (W + U diag(δ s) V); dδ = Σ s Uᵀ dY ⊙ V x."""
+        weight, made, u, v, scale, shift, h = saved(ctx)
+        dx = dshift = None
+        if dy is not None:
+            if made is None or differentiable():
+                made = _made(weight, lain(u.mT), times(v, shift * scale))
+            dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
+            if not _tall(weight):
+                dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
+            elif dx is None or differentiable():
+                dshift = sums(times(u.mT, scale) @ rows(dy).mT, h)
+            else:
+                dshift = sums(projected(dx, v), h, shift, (rows(dy), u.mT, scale))
+        if dh is not None and again():
+            if _tall(weight):
+                dx = plus(dx, dh.mT @ v)
+            else:  # h = (1 + δ) ⊙ s ⊙ V x, or s ⊙ V x where that is near zero
+                c = 1 + shift
+                near = c.abs() < NEAR
+                dx = plus(dx, dh.mT @ times(v, torch.where(near, scale, c * scale)))
+                dshift = plus(dshift, torch.where(near, 0.0, over((dh * h).sum(1), shift)))
+        return gradients(ctx, dy, dx, dshift)
+
+
+class Rebuilt(torch.autograd.Function):
+    """The same with the weight made once for each way: nothing of its size is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Made:
+        """As of `Materialised`."""
+        return _forward(ctx, given, kept=False)
+
+    backward = Materialised.backward
+
+
+def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
+    op, x, weight, bias, u, v, scale, shift, siblings = given
+    made = _held_or_made(op, (weight, u, v, scale, shift))
+    y = base(op, x, lying(op, made), bias)
+    if _tall(made):
+        h = projected(x, v, siblings)
+    else:
+        h = unbiased(y, bias, lain(u.mT))
+        fused.mend(h, rows(x), v, scale, shift, NEAR)
+    keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
+    return y, h
+
+
+def _tall(weight: Tensor) -> bool:
+    return weight.shape[0] >= weight.shape[1]
+
+
+@contextmanager
+def accumulating() -> Iterator[None]:
+    """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
+
+    Every such weight is held until the end of the block. A shift that is written to within is seen by its version, and so is a
+    base outside of autocast.
+    """
+    _held.append({})
+    try:
+        yield
+    finally:
+        _held.pop()
+
+
+# By the id of a shift and how the weight is read (a shift may serve both ways, and several dtypes): shift, versions, weight.
+_held: list[dict[tuple[Any, ...], tuple[Tensor, tuple[int, int], Tensor]]] = []
+
+
+def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
+    weight, u, v, scale, shift = given
+    if not _held or torch.compiler.is_compiling() or not shift.is_leaf or weight.is_inference():
+        return _made(lying(op, weight), times(u.mT, shift * scale), v)
+    key, versions = (id(shift), op, weight.stride(), weight.dtype), (shift._version, weight._version)
+    found = _held[-1].get(key)
+    if found is None or found[1] != versions:
+        found = _held[-1][key] = (shift, versions, _made(lying(op, weight), times(u.mT, shift * scale), v))
+    return found[2]
+
+
+def _made(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """W + U V from U as (k, out); whichever of the two is scaled."""
+    if weight.is_contiguous():
+        return torch.addmm(weight, u.mT, v)
+    return torch.addmm(weight.mT, v.mT, u).mT  # it lies as the stored one does, lest another kernel reads it
