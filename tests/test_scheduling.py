@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -172,13 +171,15 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     assert "schedules" not in json.loads(runner.invoke(app, ["analyze", "zoo:llama", "--json"]).stdout)
 
 
-def test_benchmark_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_runs_at_its_smallest() -> None:
     names = {"floor", "peft lora r=8 narrow", "sara rank:32", "sara threshold:0.6 materialised", "mosara threshold:0.5 topk:2"}
-    chosen: dict[str, Any] = {name: make for name, make in train.ways(schedules=True, width=256).items() if name in names}
-    assert set(chosen) == names
-    rows = train.measure("llama", chosen, "cpu", tiny=True, modes=("eager",))
-    assert [row["way"] for row in rows] == list(chosen)
+    known = [name for name in train.ways(schedules=True, width=256) if name in names]
+    assert set(known) == names
+    works = [train.Work("llama", way, "eager", "cpu", True, None, None) for way in known]
+    rows = train.compared(list(train.measure(works)))
+    assert [row["way"] for row in rows] == known
     assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["ms / floor"] == 1.0 != rows[1]["ms / floor"]
     assert rows[0]["trains"] == 0 < rows[1]["trains"]
     assert train.table(rows).row_count == len(names)
 

@@ -1,32 +1,35 @@
 """What a training step costs, side by side in one run: the frozen model (the floor), PEFT's LoRA, SARA and Mo-SARA.
 
     python tests/benchmarks/train.py [llama llama1b llama8b smollm2] [--device cuda] [--tiny] [--ways sara mosara]
-        [--modes eager] [--rows 8] [--length 1024] [--schedules] [--out train.json]
+        [--modes eager] [--rows 8] [--length 1024] [--schedules] [--jobs 7] [--out train.json]
 
 A step is forward, backward and the optimiser's (AdamW), on 8 x 1024 tokens (8b: 2 x 1024), in bfloat16 on CUDA and float32 on the
 CPU. The floor is the frozen base, forward and backward to the embeddings: what any adapter method pays at the least. Milliseconds
-are medians; GiB is the peak of what torch had allocated. Models have random weights of the named shapes, the same in every layer,
-so that one layer is decomposed. `--schedules` sets each schedule in turn where sarac would choose. Adapters are on all linear
-weights of the layers; what sarac chooses by is measured first.
+are medians; `busy` is what of a step the device worked; GiB is the peak of what torch had allocated. Models have random weights
+of the named shapes, the same in every layer, so that one layer is decomposed. Adapters are on all linear weights of the layers;
+what sarac chooses by is measured first. `--schedules` sets each schedule in turn where sarac would choose.
 """
 
 import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import sarac
 
@@ -128,57 +131,104 @@ def step_of(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[],
     return step
 
 
-def measure(
-    name: str,
-    ways: dict[str, Callable[[nn.Module], nn.Module]],
-    device: str,
-    tiny: bool,
-    modes: Sequence[str],
-    size: tuple[int | None, int | None] = (None, None),
-) -> list[Row]:
-    """A row for every way, eager and compiled; `size`: rows and length of the tokens, where they are not the shape's own."""
-    dtype, shape = torch.bfloat16 if device == "cuda" else torch.float32, TINY if tiny else SHAPES[name]
-    ids = torch.randint(0, 100, (size[0] or shape[-1], size[1] or (64 if tiny else 1024)), device=device)
-    rows: list[Row] = []
-    for way, make in ways.items():
-        for mode in modes:
-            row = one(lambda: make(base(shape, device, dtype)), ids, mode == "compiled")  # noqa: B023
-            rows.append({"model": name, "way": way, "mode": mode, **row})
-            floors = {row["mode"]: row for row in rows if row["way"] == "floor"}
-            for ratio in ("ms", "GiB"):
-                least = floors.get(rows[-1]["mode"], {}).get(ratio)
-                rows[-1][f"{ratio} / floor"] = rows[-1][ratio] / least if least else None
-            print(rows[-1], flush=True)
-    return rows
+class Work(NamedTuple):
+    """One way to measure: of which shape, by what, compiled or not."""
 
+    model: str
+    way: str
+    mode: str
+    device: str
+    tiny: bool
+    rows: int | None
+    length: int | None
 
-def one(make: Callable[[], nn.Module], ids: torch.Tensor, compiled: bool) -> Row:
-    """Milliseconds and GiB of one way."""
-    torch._dynamo.reset()
-    gc.collect()
-    if ids.is_cuda:
-        torch.cuda.empty_cache()
-    model = make()
-    step = step_of(model, ids, compiled)
-    for _ in range(3):
-        step()
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    spent: list[float] = []
-    while len(spent) < 10 or sum(spent) < (1.0 if ids.is_cuda else 0.0):
-        started = time.perf_counter()
-        step()
+    def step(self) -> tuple[nn.Module, torch.Tensor, Callable[[], None]]:
+        """The model, its tokens and a training step of it that has run three times."""
+        shape = TINY if self.tiny else SHAPES[self.model]
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        ids = torch.randint(0, 100, (self.rows or shape[-1], self.length or (64 if self.tiny else 1024)), device=self.device)
+        torch._dynamo.reset()
+        model = ways(True, shape[1])[self.way](base(shape, self.device, dtype))
+        step = step_of(model, ids, self.mode == "compiled")
+        for _ in range(3):
+            step()
+        return model, ids, step
+
+    def row(self, model: nn.Module, ids: torch.Tensor, step: Callable[[], None]) -> Row:
+        """What a step takes: the median of ten at least, and of a second."""
         if ids.is_cuda:
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-    seconds = statistics.median(spent)
-    return {
-        "ms": 1e3 * seconds,
-        "GiB": torch.cuda.max_memory_allocated() / 2**30 if ids.is_cuda else None,
-        "tokens/s": ids.numel() / seconds,
-        "trains": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-    }
+            torch.cuda.reset_peak_memory_stats()
+        spent: list[float] = []
+        while len(spent) < 10 or sum(spent) < (1.0 if ids.is_cuda else 0.0):
+            started = time.perf_counter()
+            step()
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            spent.append(time.perf_counter() - started)
+        seconds = statistics.median(spent)
+        trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        gib = torch.cuda.max_memory_allocated() / 2**30 if ids.is_cuda else None
+        row = {"ms": 1e3 * seconds, "busy ms": busy(step) if ids.is_cuda else None, "GiB": gib, "tokens/s": ids.numel() / seconds}
+        return {"model": self.model, "way": self.way, "mode": self.mode, "trains": trains, **row}
+
+
+def busy(step: Callable[[], None]) -> float:
+    """Milliseconds for which the device worked in a step; the rest of the step it waits for the host."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+    spent = sum(event.device_time for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return float(spent) / 2e3
+
+
+def measure(works: Sequence[Work]) -> Iterator[Row]:
+    """A row for every way, one after another."""
+    for work in works:
+        gc.collect()
+        if work.device == "cuda":
+            torch.cuda.empty_cache()
+        yield work.row(*work.step())
+
+
+def measure_together(works: Sequence[Work], jobs: int) -> Iterator[Row]:
+    """The same with so many ways made (and compiled) at once, in processes of their own, and then measured one at a time."""
+    context = multiprocessing.get_context("spawn")
+    for start in range(0, len(works), jobs):
+        some = works[start : start + jobs]
+        found, ready, alone = context.Queue(), context.Barrier(len(some)), context.Lock()
+        children = [context.Process(target=_work, args=(work, found, ready, alone), daemon=True) for work in some]
+        for child in children:
+            child.start()
+        for _ in children:
+            row = found.get(timeout=900)
+            if isinstance(row, str):
+                print(row, flush=True)  # the others are measured all the same
+            else:
+                yield row
+        for child in children:
+            child.join()
+
+
+def _work(work: Work, found: Any, ready: Any, alone: Any) -> None:
+    made, told = None, ""
+    try:
+        made = work.step()
+    except Exception:  # noqa: BLE001 - told by the parent
+        told = f"{work}: {traceback.format_exc()}"
+    ready.wait(900)
+    with alone:
+        found.put(told if made is None else work.row(*made))
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """The rows with their ratios to the floor of the same model and mode."""
+    for row in rows:
+        own = next((r for r in rows if (r["model"], r["mode"], r["way"]) == (row["model"], row["mode"], "floor")), None)
+        for what in ("ms", "busy ms", "GiB"):
+            row[f"{what} / floor"] = row[what] / own[what] if own and own[what] else None
+    return rows
 
 
 def table(rows: list[Row]) -> Table:
@@ -189,15 +239,15 @@ def table(rows: list[Row]) -> Table:
         "model",
         "way",
         "trains",
-        *(f"{mode} {what}" for mode in modes for what in ("ms", "× floor", "GiB", "tok/s")),
+        *(f"{mode} {what}" for mode in modes for what in ("ms", "× floor", "busy", "GiB", "tok/s")),
     ):
         shown.add_column(heading, justify="left" if heading in ("model", "way") else "right")
     for model, way in dict.fromkeys((row["model"], row["way"]) for row in rows):
         found = [row for row in rows if (row["model"], row["way"]) == (model, way)]
         cells = [f"{found[0]['trains']:,}"]
         for row in found:
-            ratio = f"{row['ms / floor']:.2f}" if row["ms / floor"] else ""
-            cells += [f"{row['ms']:.1f}", ratio, f"{row['GiB']:.2f}" if row["GiB"] else "", f"{row['tokens/s']:,.0f}"]
+            ratios = [f"{row[f'{what} / floor']:.2f}" if row[f"{what} / floor"] else "" for what in ("ms", "busy ms")]
+            cells += [f"{row['ms']:.1f}", *ratios, f"{row['GiB']:.2f}" if row["GiB"] else "", f"{row['tokens/s']:,.0f}"]
         shown.add_row(model, way, *cells)
     return shown
 
@@ -212,6 +262,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens in a row")
     parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES)
     parser.add_argument("--schedules", action="store_true", help="every schedule, not the chosen one alone")
+    parser.add_argument("--jobs", type=int, help="so many ways at once are made and compiled, before they are measured in turn")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     rows: list[Row] = []
@@ -219,18 +270,21 @@ def main() -> None:
         if not options.tiny:
             os.environ["SARAC_CACHE"] = folder  # equal layers are decomposed once
             sarac.tune(options.device, dtypes=["bfloat16" if options.device == "cuda" else "float32"], check=False)
-        for name in options.models:
-            known = ways(options.schedules, TINY[1] if options.tiny else SHAPES[name][1])
-            chosen = {
-                way: make
-                for way, make in known.items()
-                if way == "floor" or not options.ways or any(way.startswith(start) for start in options.ways)
-            }
-            size = (options.rows, options.length)
-            rows += measure(name, chosen, options.device, options.tiny, options.modes, size)
+        works = [
+            Work(name, way, mode, options.device, options.tiny, options.rows, options.length)
+            for name in options.models
+            for mode in options.modes
+            for way in ways(options.schedules, TINY[1] if options.tiny else SHAPES[name][1])
+            if way == "floor" or not options.ways or any(way.startswith(start) for start in options.ways)
+        ]
+        for row in measure_together(works, options.jobs) if options.jobs else measure(works):
+            rows.append(row)
+            print(row, flush=True)
             if options.out:
-                options.out.write_text(json.dumps(rows, indent=1))
-    Console(width=160).print(table(rows))
+                options.out.write_text(json.dumps(compared(rows), indent=1))
+    places = [(work.model, work.mode, work.way) for work in works]
+    rows.sort(key=lambda row: places.index((row["model"], row["mode"], row["way"])))
+    Console(width=160).print(table(compared(rows)))
 
 
 if __name__ == "__main__":
