@@ -102,13 +102,20 @@ class Call:
             self.tokens, self.out, self.inner, self.size
         )
 
-    def best(self, rates: Rates) -> str:
-        """The fastest schedule that keeps no more than half an input beside its projection.
+    @property
+    def stored(self) -> int:
+        """Bytes of U and V."""
+        return self.rank * (self.out + self.inner) * self.size
 
-        An adapter that trains its factors keeps its input, which siblings share or others keep anyway.
+    def best(self, rates: Rates) -> str:
+        """The fastest schedule; a weight is kept only where that, its projection and the factors are no more than half an input.
+
+        So no model takes more memory than one whose adapters train their factors, which keeps its inputs: half of them, as
+        siblings share theirs and others are kept anyway.
         """
-        room = self.tokens * (self.inner // 2 + self.rank) * self.size
-        fitting = [name for name in self.choices if self.kept(name) <= room]
+        room = self.tokens * self.inner * self.size // 2
+        large = self.kept("materialised") + self.stored > room
+        fitting = [name for name in self.choices if name != "materialised" or not large]
         return min(fitting, key=lambda name: self.seconds(name, rates))
 
     def steps(self, rates: Rates) -> tuple[tuple[int, str], ...]:

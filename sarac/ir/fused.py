@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOKENS, _RANKS = 64, 32  # tokens and directions of a block of the routed kernels
+_TOKENS, _RANKS = 32, 128  # tokens and directions of a block of the routed kernels: few steps, and all processors at work
 _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
 _SETS = 16  # above it torch's own products are the better way
 

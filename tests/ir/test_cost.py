@@ -26,7 +26,8 @@ def test_counts_are_those_of_the_products() -> None:
 @pytest.mark.parametrize(
     ("call", "best"),
     [
-        (Call(8192, 2048, 2048, 614), "materialised"),
+        (Call(8192, 2048, 2048, 614), "rebuilt"),  # with its projection and factors more than half an input
+        (Call(16384, 2048, 2048, 614), "materialised"),
         (Call(64, 2048, 2048, 614), "right"),  # a weight is dear for so few tokens
         (Call(64, 512, 2048, 154), "left"),
         (Call(64, 2048, 512, 154), "right"),
@@ -53,11 +54,11 @@ def test_steps_cover_all_numbers_of_tokens() -> None:
     assert schedule_at(1, steps) == steps[0][1]
 
 
-def test_what_keeps_more_than_half_an_input_is_not_chosen() -> None:
+def test_weight_that_is_more_than_half_an_input_is_not_kept() -> None:
     few = Call(3000, 4096, 4096, 300)
-    assert few.kept("materialised") > few.tokens * (few.inner // 2 + few.rank) * few.size
+    assert few.kept("materialised") + few.stored > few.tokens * few.inner // 2 * few.size
     assert min(NAMES, key=lambda name: few.seconds(name, FAST)) == "materialised" != few.best(FAST)
-    assert replace(few, tokens=9000).best(FAST) == "materialised"
+    assert replace(few, tokens=12000).best(FAST) == "materialised"
     assert few.kept("rebuilt") == few.kept("right") == 3000 * 300 * 2
 
 
