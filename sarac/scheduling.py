@@ -135,7 +135,8 @@ def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str) -> Sched
     assert weight is not None
     _, out, inner = slot.layout.sizes(tuple(weight.shape))
     why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).replace(PINNED, AUTO)
-    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed=not adapter.foldable)
+    routed, biased = not adapter.foldable, module._parameters.get("bias") is not None
+    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased)
     return scheduled(slot.site, call, str(weight.dtype).removeprefix("torch."), device, asked, why)
 
 

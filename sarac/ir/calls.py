@@ -42,7 +42,7 @@ def shifted(
     if schedule == PLAIN or not (shift.requires_grad or trained) or not by_hand(dtype, x, weight, bias, u, v, scale, shift):
         plain: Tensor = add(base(op, x, weight, bias), scaled(project(x, v), shift * scale), u)
         return plain
-    choices = _TWO_SIDED if trained else _choices(schedule, dtype, x, op, weight, u, v, scale, routes=False)
+    choices = _TWO_SIDED if trained else _choices(schedule, dtype, x, op, (weight, u, v, scale), False, False)
     if not torch.compiler.is_compiling() and _as_ever(x):
         remember(x, (shift, weight, bias, u, v, scale), (schedule, op), choices)
     name = schedule_at(x.numel() // x.shape[-1], choices)
@@ -68,7 +68,7 @@ def routed(
         scores = score(h if inward is None else score(h, inward), router)
         plain: Tensor = add(base(op, x, weight, bias), mix(h, gates_of(scores, kind), shift, scale), u)
         return plain
-    choices = _choices(schedule, dtype, x, op, weight, u, v, scale, routes=True)
+    choices = _choices(schedule, dtype, x, op, (weight, u, v, scale), True, bias is not None)
     if inward is None and not torch.compiler.is_compiling() and _as_ever(x) and shift.dtype == router.dtype:
         remember(x, (router, weight, bias, u, v, scale), (schedule, op, kind), choices)
     name = schedule_at(x.numel() // x.shape[-1], choices)
@@ -77,17 +77,18 @@ def routed(
 
 
 def _choices(
-    schedule: str, dtype: torch.dtype, x: Tensor, op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor, *, routes: bool
+    schedule: str, dtype: torch.dtype, x: Tensor, op: str, given: tuple[Tensor, ...], routes: bool, biased: bool
 ) -> Steps:  # fmt: skip
-    """The schedules of such calls by tokens, as `schedule_at` takes them."""
-    compiling = torch.compiler.is_compiling()
+    """The schedules of such calls by tokens, as `schedule_at` takes them; `given`: W, U, V and s."""
+    compiling, u = torch.compiler.is_compiling(), given[1]
     if schedule == TWO_SIDED or (schedule == PINNED and compiling):
         return _TWO_SIDED
     if schedule in (AUTO, PINNED):
-        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes)
+        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes, biased)
     else:
-        choices = ((LARGEST, schedule if schedule in (ROUTED if routes else SCHEDULES) else TWO_SIDED),)
-    return choices if compiling or still_singular(op, weight, u, v, scale) else _TWO_SIDED
+        served = schedule in (ROUTED if routes else SCHEDULES) and not (routes and biased and schedule == "left")
+        choices = ((LARGEST, schedule if served else TWO_SIDED),)
+    return choices if compiling or still_singular(op, *given) else _TWO_SIDED
 
 
 def _as_ever(x: Tensor) -> bool:

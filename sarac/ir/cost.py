@@ -72,11 +72,14 @@ class Call:
     rank: int
     size: int = 2
     routed: bool = False  # gates mix the shifts: there is no weight to make
+    biased: bool = False  # a projection of what holds a bias is not exactly zero where x is, and gates would tell ties apart
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The schedules that can serve."""
-        return ("right", "left", "two-sided") if self.routed else NAMES
+        if not self.routed:
+            return NAMES
+        return ("right", "two-sided") if self.biased else ("right", "left", "two-sided")
 
     def kept(self, schedule: str) -> int:
         """Bytes kept from the forward to the backward."""
@@ -158,13 +161,15 @@ def _rates(table: Mapping[str, Any]) -> Rates:
     return Rates(float(table["launch"]), float(table["bandwidth"]), rows, products)
 
 
-def steps(out: int, inner: int, rank: int, dtype: torch.dtype, device: torch.device, routed: bool) -> tuple[tuple[int, str], ...]:
+def steps(
+    out: int, inner: int, rank: int, dtype: torch.dtype, device: torch.device, routed: bool, biased: bool
+) -> tuple[tuple[int, str], ...]:
     """The schedules by tokens for a weight on a device, from the rates that there are."""
-    key = (out, inner, rank, dtype, device, routed)
+    key = (out, inner, rank, dtype, device, routed, biased)
     found = _steps.get(key)
     if found is None:
         rates = rates_or_counts(device_name(device), str(dtype).removeprefix("torch."))
-        found = _steps[key] = Call(1, out, inner, rank, dtype.itemsize, routed).steps(rates)
+        found = _steps[key] = Call(1, out, inner, rank, dtype.itemsize, routed, biased).steps(rates)
     return found
 
 

@@ -33,6 +33,7 @@ def test_counts_are_those_of_the_products() -> None:
         (Call(64, 2048, 512, 154), "right"),
         (Call(8192, 2048, 2048, 614, routed=True), "right"),
         (Call(8192, 512, 2048, 154, routed=True), "left"),
+        (Call(8192, 512, 2048, 154, routed=True, biased=True), "two-sided"),
     ],
 )
 def test_choice_follows_the_operations(call: Call, best: str) -> None:

@@ -143,6 +143,16 @@ def test_every_routed_schedule_is_the_formula_and_its_gradients(case: Case, sche
     assert max(found.values()) < 1e-9, found
 
 
+@pytest.mark.parametrize("schedule", sorted(ROUTED))
+def test_rows_of_zeros_tie_the_scores_whatever_the_schedule(schedule: str) -> None:
+    """Of equal scores the first set is taken; h = 1e-17 would take another, whose gradient of x differs by a tenth."""
+    case = made(3, 4, 2, 2, bias=True, kind="topk:1")
+    case.x[0] = 0.0
+    assert max(compared(case, schedule).values()) < 1e-9
+    case.bias = None
+    assert max(compared(case, schedule).values()) < 1e-9
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_factors_that_train_have_the_gradients_of_the_formula(case: Case) -> None:
