@@ -1,13 +1,14 @@
 """The harness of examples/experiments: one quick run of every family, resumed and reported, on a tiny model made in code."""
 
 import copy
+import gc
 import importlib
 import json
 import math
 import multiprocessing.dummy
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def load(name: str) -> Any:
     return importlib.import_module(f"experiments.{name}")
 
 
-bench, data, intervals, lines, making, methods = map(load, ("bench", "data", "intervals", "lines", "making", "methods"))
+bench, compiled, data, intervals, lines = map(load, ("bench", "compiled", "data", "intervals", "lines"))
+making, methods = map(load, ("making", "methods"))
 report, routing, runner, scoring, search, sets = map(load, ("report", "routing", "runner", "scoring", "search", "sets"))
 run, spec, study_1, training = map(load, ("run", "spec", "study_1_ranks", "training"))
 Spec = spec.Spec
@@ -47,7 +49,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(path: Path, *words: str) -> Any:
     chosen = run.parsed(["3", "--model", "tiny", "--results", str(path), *words])
-    chosen.device, chosen.processes = "cpu", 1
+    chosen.device, chosen.processes, chosen.compile = "cpu", 1, bool(chosen.compile)
+    chosen.streams = chosen.streams or 1
     return chosen
 
 
@@ -68,9 +71,13 @@ RUNS = [
 
 @pytest.mark.parametrize(("method", "plan", "rate"), RUNS, ids=[name for name, _, _ in RUNS])
 def test_every_family_starts_as_the_model_and_learns(method: str, plan: str, rate: float, place: Any) -> None:
-    line = runner.run(Spec(method, plan, lr=rate, **QUICK), place)
+    wanted = Spec(method, plan, lr=rate, **QUICK)
+    start = runner.losses(wanted, place, place.prepared(wanted).made, ("test",))
+    line = runner.run(wanted, place)
     untouched = runner.run(Spec("untouched", **QUICK), place)
-    assert line["nll_before"] == pytest.approx(untouched["nll"], abs=2e-5)
+    assert start["nll"] == pytest.approx(untouched["nll"], abs=2e-5)
+    assert line["nll_before"] == untouched["nll"]
+    assert "valid_nll" not in line
     assert line["nll"] < line["nll_before"] - 0.005
     assert line["unrelated_nll"] != line["unrelated_nll_before"]
     assert (line["trained"], line["graph"], line["diverged"]) == (line["trained"] or math.nan, False, False)
@@ -135,26 +142,26 @@ def test_program_serves_again_after_a_reset(place: Any) -> None:
 
 def test_step_that_cannot_be_captured_runs_as_it_is(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program = place.prepared(Spec("sara", "threshold:0.6", lr=0.1, **QUICK))
-    entered: list[bool] = []
-
-    @contextmanager
-    def refused(_: Any) -> Iterator[None]:
-        entered.append(True)
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    seen: list[str] = []
 
     class Stream:
-        def wait_stream(self, other: Any) -> None:
-            pass
+        def synchronize(self) -> None:
+            seen.append("waited")
 
-    for name, stand_in in {
-        "Stream": Stream, "current_stream": Stream, "stream": lambda _: nullcontext(), "synchronize": lambda: None,
-        "CUDAGraph": lambda: None, "graph": refused,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    class Graph:
+        def capture_begin(self, capture_error_mode: str) -> None:
+            assert not gc.isenabled()
+            seen.append(capture_error_mode)
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     program._set_rate(0.0)
     program._capture()
-    assert entered
+    assert seen == ["waited", "thread_local", "waited"]
+    assert gc.isenabled()
     assert program.graph is None
     assert program.why_eager == "operation not permitted when stream is capturing"
     assert all(torch.equal(now, then) for now, then in zip(program.params, program.first, strict=True))
@@ -162,6 +169,93 @@ def test_step_that_cannot_be_captured_runs_as_it_is(place: Any, monkeypatch: pyt
     losses, _ = program.train(training.order([256], 8, 5, 0), 0.3)
     assert losses[-1] != losses[0]
     place.program, place.key = None, ()
+
+
+class Compiler:
+    """A backend that runs the graph as it is, but in twice the numbers where it is told to; it counts its graphs."""
+
+    def __init__(self) -> None:
+        self.graphs, self.factor = 0, 1.0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs += 1
+        return lambda *args: [self.factor * one for one in module(*args)]
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    torch._dynamo.reset()
+    yield Compiler()
+    compiled.remove()
+    torch._dynamo.reset()
+
+
+def test_compiled_chains_compute_what_all_methods_did(place: Any, compiler: Compiler) -> None:
+    specs = [Spec(name, plan, lr=rate, **QUICK) for name, plan, rate in RUNS if name in ("sara", "ia3", "full")]
+    plain = [runner.run(one, place) for one in specs]
+    place.program, place.key, base = None, (), place.bench.base.config
+    assert compiled.why_not() == "not asked for"
+    assert compiled.install(base, torch.device("cpu"), compiler) == ""
+    proven = compiler.graphs
+    again = [runner.run(one, place) for one in specs]
+    for old, new in zip(plain, again, strict=True):
+        assert new["losses"] == pytest.approx(old["losses"], abs=2e-4)
+        assert (new["nll"], new["unrelated_nll"]) == pytest.approx((old["nll"], old["unrelated_nll"]), abs=2e-4)
+        assert (old["why_plain"], new["why_plain"]) == ("not asked for", "")
+    taken = compiler.graphs
+    assert proven == 2 * len(compiled.CHAINS)  # with gradients and without
+    assert proven < taken
+    model, task = place.bench.base, place.tokens["tasks"]["sums"]
+    for rows in (3, 5, 6):  # other sizes are no reason to compile again
+        part = {key: value[:rows, : 40 + rows] for key, value in task["test"].items()}
+        training.row_nll(model, model, {**part, "bounds": task["test"]["bounds"][:rows]}, 4)
+    assert compiler.graphs == taken
+    compiler.factor = 2.0
+    assert runner.run(specs[0], place)["nll"] != pytest.approx(again[0]["nll"], abs=0.1)
+    prompts = {**task, "prompts": task["prompts"][:2]}
+    texts = runner.scoring.generated(copy.deepcopy(model), prompts, place.words)
+    compiled.remove()
+    assert texts == runner.scoring.generated(copy.deepcopy(model), prompts, place.words)
+    place.program, place.key = None, ()
+
+
+def test_chains_that_cannot_be_trusted_are_not_taken(place: Any, compiler: Compiler) -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such compiler")
+
+    config, device = place.bench.base.config, torch.device("cpu")
+    compiler.factor = 1.01
+    assert compiled.install(config, device, compiler).startswith("ValueError: The compiled chain 'norm' is off by")
+    assert "no such compiler" in compiled.install(config, device, broken)
+    line = runner.run(Spec("sara", "threshold:0.5", lr=0.1, **QUICK), place)
+    compiled.remove()
+    place.program, place.key = None, ()
+    assert line["why_plain"]
+    assert line["losses"] == runner.run(Spec("sara", "threshold:0.5", lr=0.1, **QUICK), place)["losses"]
+    place.program, place.key = None, ()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU by g++")
+def test_inductor_compiles_a_chain(place: Any, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as settings
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(settings.cpp, "simdlen", 1)  # vectors and their headers are most of the time that g++ takes
+    monkeypatch.setattr(settings, "cpp_cache_precompile_headers", False)
+    assert compiled.install(place.bench.base.config, torch.device("cpu"), only=("gated",)) == ""
+    assert runner.run(Spec("lora", "r=2", lr=0.1, **QUICK), place)["why_plain"] == ""
+    place.program, place.key = None, ()
+
+
+def test_losses_of_parts_are_those_of_a_step(place: Any) -> None:
+    task, model = place.tokens["tasks"]["sums"], place.bench.base
+    ids, bounds = task["test"]["ids"].long(), task["test"]["bounds"].long()
+    with torch.no_grad():
+        nll, inside = training.token_nll(model, ids, bounds, task["width"])
+    sums, counts = training.row_nll(model, model, task["test"], task["width"])
+    torch.testing.assert_close(sums.float(), nll.sum(1), atol=1e-5, rtol=1e-5)
+    assert counts.tolist() == inside.sum(1).tolist()
+    assert sums.unique().numel() > 1
 
 
 class Asked(TorchDispatchMode):
@@ -181,6 +275,7 @@ class Asked(TorchDispatchMode):
 def test_step_asks_the_device_for_no_value(method: str, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = {"adalora": "r=2", "vera": "r=4", "full": ""}.get(method, "threshold:0.5")
     monkeypatch.setattr(training, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    place.program, place.key = None, ()
     program = place.prepared(Spec(method, plan, lr=0.1, **QUICK))
     monkeypatch.setattr(program.optimizer, "step", lambda: None)  # the CPU's counts its steps in Python
     program._step()  # sarac looks at its factors once
@@ -279,6 +374,89 @@ def test_run_that_fails_is_a_line_and_the_next_goes_on() -> None:
     assert "error" not in outbox.get()[1]
 
 
+def made(path: Path, *words: str) -> list[dict[str, Any]]:
+    """The lines of a call without what differs from one to the next: times, and in which thread a run was made."""
+    chosen = options(path, *words)
+    run.conduct(chosen, multiprocessing.dummy)
+    found = run.read(path)
+    for line in found:
+        for name in ("train_s", "total_s", "ms_step", "alone"):
+            line.pop(name, None)
+    return sorted(found, key=lambda line: str(line["id"]))
+
+
+def test_threads_make_the_lines_that_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ("sara", "mosara-topk2", "mosara-bottleneck", "pissa", "adalora")
+    specs = [Spec(name, plan, lr=rate, extras=("routing",), **QUICK) for name, plan, rate in RUNS if name in some]
+    specs += [Spec("untouched", **QUICK), Spec("lora", "r=2", lr=0.1, seed=1, extras=("accuracy",), **QUICK)]
+    monkeypatch.setattr(run, "wanted", lambda *_: specs)
+    monkeypatch.setattr(run, "searching", lambda *_: [])
+    alone, beside = made(tmp_path / "1.jsonl"), made(tmp_path / "3.jsonl", "--streams", "3")
+    assert not [line["error"] for line in [*alone, *beside] if "error" in line]
+    assert len(alone) == len(specs)
+    assert alone == beside
+    assert len({line["nll"] for line in alone}) == len(alone)
+    assert {line["alone"] for line in run.read(tmp_path / "1.jsonl")} == {True}
+    assert {line["alone"] for line in run.read(tmp_path / "3.jsonl")} == {False}
+
+
+def test_threads_share_the_model_and_make_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import queue
+    import threading
+    import time
+
+    inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
+    busy, most, names, bases = [0, 0], [0, 0], set(), set()
+    make, train = runner.make, training.Program.train
+
+    def watched(kind: int, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            busy[kind] += 1
+            most[kind] = max(most[kind], busy[kind])
+            names.add(threading.current_thread().name)
+            time.sleep(0.3 * kind)  # of training, so that threads meet there
+            try:
+                return function(*args)
+            finally:
+                busy[kind] -= 1
+
+        return call
+
+    def noted(given: Any, bench: Any) -> Any:
+        bases.add(id(bench))
+        return make(given, bench)
+
+    monkeypatch.setattr(runner, "make", watched(0, noted))
+    monkeypatch.setattr(training.Program, "train", watched(1, train))
+    for given in (*([Spec("lora", f"r={r}", lr=0.1, **{**QUICK, "steps": 2})] for r in (1, 2, 3)), None, None, None):
+        inbox.put(given)
+    run.work(options(Path("nowhere"), "--streams", "3"), inbox, outbox)
+    assert not [line["error"] for line in (outbox.get()[1] for _ in range(3)) if "error" in line]
+    assert most[0] == 1
+    assert most[1] > 1
+    assert len(names) == 3
+    assert len(bases) == 1
+
+
+def test_process_that_lost_its_device_makes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    import queue
+
+    specs = [Spec("lora", f"r={r}", lr=0.1, **QUICK) for r in (1, 2, 3)]
+    for told, made_on in (("CUDA error: an illegal memory access", False), ("CUDA error: out of memory", True)):
+        inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
+
+        def fail(*_: Any, told: str = told) -> Any:
+            raise RuntimeError(told)
+
+        monkeypatch.setattr(runner, "run", fail)
+        for given in (specs[:2], specs[2:], None):
+            inbox.put(given)
+        run.work(options(Path("nowhere")), inbox, outbox)
+        found = [outbox.get() for _ in range(outbox.qsize())]
+        assert [identity for identity, _ in found] == [one.identity for one in (specs if made_on else specs[:2])]
+        assert [line is None for _, line in found] == ([False] * 3 if made_on else [False, True])
+
+
 def test_search_takes_the_best_rate_and_goes_on_at_its_edge() -> None:
     def line(rate: float, nll: float) -> dict[str, Any]:
         return {"id": str(rate), "spec": vars(Spec("lora", "r=8", seed=spec.SEARCH_SEED, lr=rate)), "valid_nll": nll}
@@ -352,6 +530,29 @@ def test_routing_figures_of_a_model(place: Any) -> None:
     assert set(line["nll_by_task"]) == {"sums", "larger"}
     uniform = runner.run(Spec("mosara-uniform", "threshold:0.5", lr=1.0, extras=("routing",), **quick), place)
     assert uniform["routing"] == {}
+
+
+def test_routing_figures_are_of_the_model_that_is_asked(place: Any) -> None:
+    from sarac.ir.terms import observing
+
+    mine, other = (place.bench.adapted("threshold:0.5", "sets=3", "mosara", seed) for seed in (0, 1))
+    task = place.tokens["tasks"]["sums"]
+    ids, bounds = (task["test"][key][:4].long() for key in ("ids", "bounds"))
+    alone = routing.gates_by_row(mine, mine, ids, bounds, task["width"])
+
+    class Both:
+        def model(self, **given: Any) -> None:
+            other.model(**given)  # as another thread would, in the midst
+            mine.model(**given)
+            other.model(**given)
+
+    heard: list[int] = []
+    with observing(lambda shift, gates: heard.append(id(shift))):
+        beside = routing.gates_by_row(mine, Both(), ids, bounds, task["width"])
+    assert len(set(heard)) == 28
+    for one, two in zip(alone, beside, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(alone[0], routing.gates_by_row(other, other, ids, bounds, task["width"])[0])
 
 
 def test_accuracy_of_answers_and_choices(place: Any) -> None:

@@ -85,13 +85,14 @@ def comparison(lines: Lines, entries: Sequence[Entry], reference: Entry | None =
             continue
         first, nll, other = next(iter(found.values())), lines.mean(entry.spec), lines.mean(entry.spec, "unrelated_nll")
         gap = paired(lines.values(entry.spec), base) if reference and entry != reference else None
-        alone, peaks = lines.timing(entry.spec), lines.values(entry.spec, "peak_gib").values()
+        alone = lines.timing(entry.spec)
+        peak = alone["peak_gib"] if alone else None
         seconds = lines.mean(entry.spec, "train_s")
         rows.append([
             entry.label, f"{first['trained']:,}", lines.rate(entry.spec), nll.text() if nll else "",
             *([difference(gap)] if reference else []), other.text() if other else "",
             f"{seconds.value:.1f}" if seconds else "", f"{alone['ms_step']:.1f}" if alone else "",
-            f"{max(peaks):.1f}" if peaks else "", str(len(found)),
+            "" if peak is None else f"{peak:.1f}", str(len(found)),
         ])  # fmt: skip
     return table(heads, rows) if rows else nothing(entries)
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -35,7 +36,9 @@ FILES = {
 SILENT = 120.0  # seconds after which a process that died is not waited for
 TIMING_S = 5.0  # of the time are kept for each timing
 TOGETHER = 4  # runs of one program that a process takes at a time
-STEP_S, RUN_S = 0.018, 0.8  # what a step of 16 x 256 tokens and what goes around a run take of a GPU, for the estimate
+# What a step of 16 x 256 tokens and what goes around a run take of an H200 that six processes share, for the estimate: of the
+# committed lines' call 95 runs of 60 steps took 320 s, and 13 of 120 steps 67 s.
+STEP_S, RUN_S = 0.033, 1.3
 
 
 def study(number: int) -> Any:
@@ -84,23 +87,51 @@ def length(spec: Spec) -> int:
     return max(SETS[name][1] if name in SETS else 32 for name in spec.task.split("+"))
 
 
-def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
-    """A process: load the model once, then make the runs that come, until there are none or the time is over."""
-    from experiments.runner import Place, run
+class Opened:
+    """The place of a process, opened once when the first run asks for it; each thread gets its own beside it."""
 
-    place = None
-    while (given := inbox.get()) is not None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.lock, self.first = options, threading.Lock(), None
+
+    def place(self) -> Any:
+        """What a thread makes its runs at."""
+        from experiments.runner import Place
+
+        given = self.options
+        with self.lock:
+            if self.first is None:
+                self.first = Place.open(given.name, given.model, given.tokens, given.device, given.texts, given.compile)
+            return self.first.beside() if given.streams > 1 else self.first
+
+
+def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
+    """A process: its threads make the runs that come, each until it is told that there are none."""
+    opened = Opened(options)
+    beside = [threading.Thread(target=hand, args=(opened, inbox, outbox), daemon=True) for _ in range(options.streams - 1)]
+    for thread in beside:
+        thread.start()
+    hand(opened, inbox, outbox)
+    for thread in beside:
+        thread.join()
+
+
+def hand(opened: Opened, inbox: Any, outbox: Any) -> None:
+    """A thread: make the runs that come, until there are none, the time is over, or the device is lost to this process."""
+    from experiments.runner import run
+
+    options, place, lost = opened.options, None, False
+    while not lost and (given := inbox.get()) is not None:
         for spec in given:
-            if time.time() > options.until - (options.kept if spec.kind == "run" else 0):
+            if lost or time.time() > options.until - (options.kept if spec.kind == "run" else 0):
                 outbox.put((spec.identity, None))
                 continue
             try:
-                if place is None:
-                    place = Place.open(options.name, options.model, options.tokens, options.device, options.texts)
+                place = place or opened.place()
                 line = run(spec, place)
             except Exception as error:  # noqa: BLE001 - one run that fails is a line; the others go on
-                told = traceback.format_exception(error)
-                line = {"id": spec.identity, "spec": vars(spec), "error": "".join(told)[-1500:]}
+                told = "".join(traceback.format_exception(error))
+                line = {"id": spec.identity, "spec": vars(spec), "error": told[-1500:]}
+                lost = "CUDA error" in told and "out of memory" not in told  # no later run of this process can be made
                 if place is not None:
                     place.program, place.key = None, ()
             outbox.put((spec.identity, line))
@@ -113,14 +144,17 @@ class Crew:
         self.options, self.lines, self.context = options, read(options.results), context
         self.inbox, self.outbox = context.Queue(), context.Queue()
         self.processes: list[Any] = []
+        self.threads = 0  # of all processes
 
-    def run(self, specs: Sequence[Spec], count: int) -> None:
-        """Have these made by so many processes; returns when all are done, or the time is over."""
+    def run(self, specs: Sequence[Spec], count: int, streams: int) -> None:
+        """Have these made by so many processes of so many threads; returns when all are done, or the time is over."""
         todo = missing(specs, self.lines)
+        given = argparse.Namespace(**{**vars(self.options), "streams": streams})
         while todo and len(self.processes) < count:
-            self.processes.append(self.context.Process(target=work, args=(self.options, self.inbox, self.outbox)))
+            self.processes.append(self.context.Process(target=work, args=(given, self.inbox, self.outbox)))
             self.processes[-1].daemon = True
             self.processes[-1].start()
+            self.threads += streams
         for group in groups(todo):
             self.inbox.put(group)
         left, heard = {spec.identity for spec in todo}, time.time()
@@ -156,13 +190,13 @@ class Crew:
 
     def dismiss(self) -> None:
         """Let the processes end."""
-        for _ in self.processes:
+        for _ in range(self.threads):
             self.inbox.put(None)
         for process in self.processes:
             process.join(timeout=20)
             if process.is_alive():
                 process.terminate()  # it holds nothing that is not on disk
-        self.processes = []
+        self.processes, self.threads = [], 0
 
 
 def searching(specs: Sequence[Spec], model: str) -> list[Spec]:
@@ -183,14 +217,15 @@ def conduct(options: argparse.Namespace, context: Any = None) -> None:
     crew = Crew(options, context or multiprocessing.get_context("spawn"))
     untimed, timings = ([spec for spec in specs if (spec.kind == "timing") == alone] for alone in (False, True))
     options.kept = TIMING_S * len(timings) if timings else 0.0
-    crew.run(searching(specs, options.name), options.processes)
+    many = options.processes, options.streams
+    crew.run(searching(specs, options.name), *many)
     for _ in range(FURTHER):
-        crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], options.processes)
+        crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], *many)
     ready, waiting = Search(crew.lines).resolved(untimed)
-    crew.run(ready, options.processes)
+    crew.run(sorted(ready, key=lambda spec: "accuracy" in spec.extras), *many)  # texts are generated last: they take longest
     crew.dismiss()
     timed, more = Search(crew.lines).resolved(timings)
-    crew.run(timed, 1)
+    crew.run(timed, 1, 1)
     crew.dismiss()
     left = missing([*ready, *timed], crew.lines)
     print(f"{len(crew.lines)} lines in {options.results}; {len(left) + len(waiting) + len(more)} runs are left.")
@@ -217,7 +252,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default="", help="what lines call the model; by default the folder's name")
     parser.add_argument("--tokens", default="", help="the file that experiments.data made; tiny needs none")
     parser.add_argument("--results", type=Path, default=Path("demo-out/experiments/results.jsonl"))
-    parser.add_argument("--processes", type=int, default=0, help="6 on CUDA, 1 on the CPU")
+    parser.add_argument("--processes", type=int, default=0, help="3 on CUDA, 1 on the CPU")
+    parser.add_argument("--streams", type=int, default=0, help="runs of a process at a time: 3 on CUDA, 1 on the CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the chains of all methods; by default on CUDA")
     parser.add_argument("--device", default="")
     parser.add_argument("--seconds", type=float, default=1e9, help="after these no new run starts")
     parser.add_argument("--dry", action="store_true", help="print what would be run")
@@ -241,7 +278,9 @@ def main() -> None:
     import torch
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.processes = options.processes or (6 if options.device == "cuda" else 1)
+    cuda = options.device == "cuda"
+    options.processes, options.streams = options.processes or (3 if cuda else 1), options.streams or (3 if cuda else 1)
+    options.compile = cuda if options.compile is None else options.compile
     os.environ.setdefault("OMP_NUM_THREADS", "2")  # of each process: they share the cores
     if options.model != "tiny" and os.environ.get("SARAC_CACHE") != "off":
         os.environ.setdefault("SARAC_CACHE", str(Path(tempfile.gettempdir()) / "sarac-experiments"))

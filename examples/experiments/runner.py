@@ -5,8 +5,9 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments import data, routing, scoring, tiny
+from experiments import compiled, data, routing, scoring, tiny
 from experiments.bench import Bench, slots
 from experiments.making import make, program_key
 from experiments.methods import METHODS
-from experiments.spec import Spec
+from experiments.spec import SEARCH_SEED, Spec
 from experiments.training import CAUSAL, Program, Trainable, mean_nll, order, whole
+from experiments.turns import Turns
 
 TIMED = 20  # steps of a timing, alone on the machine
 PACKAGES = ("torch", "transformers", "peft", "sarac")
@@ -27,7 +29,11 @@ PACKAGES = ("torch", "transformers", "peft", "sarac")
 
 @dataclass
 class Place:
-    """Where runs are made: the base model on its device, the tokens, and the program of the last run."""
+    """Where runs are made: the base model on its device, the tokens, and the program of the last run.
+
+    Threads of a process have a place each (`beside`): they share all but the stream and the program, and make these under one
+    lock, since seeds are global and a capture bears no other. `alone`: whether no other thread allocates on the device.
+    """
 
     name: str
     bench: Bench
@@ -37,10 +43,14 @@ class Place:
     key: tuple[Any, ...] = ()
     program: Program | None = None
     texts: Path | None = None  # where generated texts are appended
+    alone: bool = True
+    stream: Any = None
+    turns: Turns = field(default_factory=Turns)
+    starts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the base model scores, by task
 
     @classmethod
-    def open(cls, name: str, model: str, tokens: str, device: str, texts: str = "") -> "Place":
-        """The model by its folder, or `tiny`; tokens by their file."""
+    def open(cls, name: str, model: str, tokens: str, device: str, texts: str = "", compiling: bool = False) -> "Place":
+        """The model by its folder, or `tiny`; tokens by their file; `compiling`: the chains that every method shares."""
         if model == "tiny":
             base, words, made = tiny.model(), tiny.Bytes(), data.prepare_tiny()
         else:
@@ -55,11 +65,43 @@ class Place:
             "versions": {package: installed(package) for package in PACKAGES}, "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "revision": revision(), "data": made["about"],
         }  # fmt: skip
-        return cls(name, Bench(base), made, words, about, texts=Path(texts) if texts else None)
+        bench = Bench(base)
+        if compiling:
+            compiled.install(base.config, torch.device(device))
+        if device == "cuda":
+            torch.cuda.synchronize()  # threads read all of this on streams of their own
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        return cls(name, bench, made, words, about, texts=Path(texts) if texts else None, stream=stream)
+
+    def beside(self) -> "Place":
+        """A place for one of several threads."""
+        self.alone = False
+        return replace(self, key=(), program=None, stream=None if self.stream is None else torch.cuda.Stream())
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Have all work of the device within go to this place's stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Be the only thread that makes something; what was made is there before the next one goes on."""
+        with self.turns.making:
+            try:
+                yield
+            finally:
+                if self.stream is not None:
+                    self.stream.synchronize()
 
     def tasks(self, spec: Spec) -> dict[str, Any]:
         """The sets that a spec trains on, by name."""
         return {name: self.tokens["tasks"][name] for name in spec.task.split("+")}
+
+    def start(self, spec: Spec) -> dict[str, Any]:
+        """What the base model scores, from which every method starts: each is there a no-op, PiSSA up to rounding."""
+        if spec.task not in self.starts:
+            base = self.bench.base
+            self.starts[spec.task] = losses(spec, self, Trainable(base, base, lambda: base), ("test",))
+        return {f"{name}_before": value for name, value in self.starts[spec.task].items()}
 
     def prepared(self, spec: Spec) -> Program:
         """The program that serves this spec, at its start: the last one where it fits, else a new one."""
@@ -67,13 +109,14 @@ class Place:
         if self.program is None or self.key != key:
             self.program = None
             gc.collect()
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized() and (self.alone or _scarce()):
                 torch.cuda.empty_cache()
             tasks = list(self.tasks(spec).values())
             length, width = max(task["length"] for task in tasks), max(task["width"] for task in tasks)
             rows = joined([task["train"] for task in tasks], length, self.words.pad)
             held = self._held(spec)
-            self.program = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1, held)
+            made = make(spec, self.bench)
+            self.program = Program(made, rows, width, spec.batch, len(tasks) > 1, held if self.alone else None)
             self.key = key
         self.program.reset()
         return self.program
@@ -86,6 +129,12 @@ class Place:
             self.bench.decompose()
             return torch.cuda.memory_allocated()
         return torch.cuda.memory_allocated() + sum(parameter.nbytes for parameter in self.bench.base.parameters())
+
+
+def _scarce() -> bool:
+    """Whether less than half of the device's memory is free: only then is it worth a wait that all threads would share."""
+    free, total = torch.cuda.mem_get_info()
+    return free < total / 2
 
 
 def installed(package: str) -> str:
@@ -114,46 +163,71 @@ def joined(parts: list[Mapping[str, torch.Tensor]], length: int, pad: int) -> di
 def run(spec: Spec, place: Place) -> dict[str, Any]:
     """Make one run; its line."""
     started = time.perf_counter()
-    line = {"id": spec.identity, "spec": asdict(spec), "about": place.about}
-    if METHODS[spec.method].family == "untouched":
-        made = make(spec, place.bench)
-        return {**line, "trained": 0, **measured(spec, place, made, ""), "total_s": time.perf_counter() - started}
-    program = place.prepared(spec)
-    made, tasks = program.made, place.tasks(spec)
-    line |= {"trained": sum(parameter.numel() for parameter in program.params), "plan_about": made.about}
+    line = {"id": spec.identity, "spec": asdict(spec), "about": place.about, "alone": place.alone}
+    with place.on_stream():
+        if METHODS[spec.method].family == "untouched":
+            with place.making():
+                made = make(spec, place.bench)
+            found = {"trained": 0, **measured(spec, place, made)}
+        else:
+            found = _trained(spec, place)
+    found["why_plain"] = compiled.why_not()  # of the chains that every method shares; "" where they are compiled
+    found |= {} if spec.kind == "timing" else {"total_s": time.perf_counter() - started}
+    return {**line, **found}
+
+
+def _trained(spec: Spec, place: Place) -> dict[str, Any]:
+    """What a run of a method that trains adds to its line."""
+    with place.making():
+        program = place.prepared(spec)
+        made, counts = program.made, [len(task["train"]["ids"]) for task in place.tasks(spec).values()]
+        if "routing" in spec.extras and not program.before:
+            program.before["routing_before"] = _routing(place, made)
+        before = place.start(spec) if spec.kind == "run" else {}
+    line = {"trained": sum(parameter.numel() for parameter in program.params), "plan_about": made.about}
     line |= {"graph": program.graph is not None, "why_eager": program.why_eager, "peak_gib": program.peak}
     if spec.kind == "timing":
-        rows = order([len(task["train"]["ids"]) for task in tasks.values()], spec.batch, TIMED, spec.seed)
+        rows = order(counts, spec.batch, TIMED, spec.seed)
         program.train(rows, spec.lr)
         _, seconds = program.train(rows, spec.lr)
         return {**line, "ms_step": 1e3 * seconds / TIMED}
-    program.before = program.before or measured(spec, place, made, "_before", extras=False)
-    rows = order([len(task["train"]["ids"]) for task in tasks.values()], spec.batch, spec.steps, spec.seed)
-    losses, seconds = program.train(rows, spec.lr)
-    line |= {"losses": [round(loss, 4) for loss in losses[:: max(1, spec.steps // 20)]], "last_loss": losses[-1]}
-    line |= {**program.before, "train_s": seconds, "diverged": not math.isfinite(losses[-1])}
-    return {**line, **measured(spec, place, made, ""), "total_s": time.perf_counter() - started}
+    with place.turns.computing() if program.graph is None else nullcontext():
+        course, seconds = program.train(order(counts, spec.batch, spec.steps, spec.seed), spec.lr)
+    line |= {"losses": [round(loss, 4) for loss in course[:: max(1, spec.steps // 20)]], "last_loss": course[-1]}
+    line |= {**before, **program.before, "train_s": seconds, "diverged": not math.isfinite(course[-1])}
+    return {**line, **measured(spec, place, made)}
 
 
-def measured(spec: Spec, place: Place, made: Trainable, suffix: str, extras: bool = True) -> dict[str, Any]:
-    """The nll on test rows, on those held out for the search, on unrelated text; then what the spec asks for beside them."""
-    tasks = place.tasks(spec)
-    parts = ("test", "valid") if extras else ("test",)
-    found: dict[str, Any] = {}
+def losses(spec: Spec, place: Place, made: Trainable, parts: Sequence[str]) -> dict[str, Any]:
+    """The nll on these parts of the task, the mean of several tasks and that of each, and on unrelated text."""
+    tasks, found = place.tasks(spec), {}
     for part in parts:
-        each = {name: mean_nll(made.model, made.inner, task[part], task["width"]) for name, task in tasks.items()}
-        found["nll" if part == "test" else "valid_nll"] = sum(each.values()) / len(each)
+        name = "nll" if part == "test" else f"{part}_nll"
+        each = {task: mean_nll(made.model, made.inner, rows[part], rows["width"]) for task, rows in tasks.items()}
+        found[name] = sum(each.values()) / len(each)
         if len(each) > 1:
-            found[f"{'nll' if part == 'test' else 'valid_nll'}_by_task"] = each
+            found[f"{name}_by_task"] = each
     blocks = place.tokens["unrelated"]
     found["unrelated_nll"] = mean_nll(made.model, made.inner, whole(blocks), blocks.shape[1] - 1)
+    return found
+
+
+def measured(spec: Spec, place: Place, made: Trainable) -> dict[str, Any]:
+    """The losses, for the search those on rows held out of training too; then what the spec asks for beside them."""
+    with place.turns.computing():
+        found = losses(spec, place, made, ("test", "valid") if spec.seed == SEARCH_SEED else ("test",))
     if "routing" in spec.extras:
-        found["routing"] = routing.figures(made.model, made.inner, _routed_tasks(place))
-    if extras and "orthogonality" in spec.extras:
+        found["routing"] = _routing(place, made)
+    if "orthogonality" in spec.extras:
         found["orthogonality"] = orthogonality(made.model)
-    if extras and "accuracy" in spec.extras:
+    if "accuracy" in spec.extras:
         found["accuracy"] = accuracies(spec, place, made)
-    return {f"{name}{suffix}": value for name, value in found.items()}
+    return found
+
+
+def _routing(place: Place, made: Trainable) -> dict[str, Any]:
+    with place.turns.listening():
+        return routing.figures(made.model, made.inner, _routed_tasks(place))
 
 
 def _routed_tasks(place: Place) -> dict[str, Any]:
@@ -178,15 +252,18 @@ def accuracies(spec: Spec, place: Place, made: Trainable) -> dict[str, Any]:
     tasks = place.tasks(spec)
     for name, task in tasks.items():
         if task["choices"] is not None:
-            right = scoring.weighed(made.model, made.inner, task)
+            with place.turns.computing():
+                right = scoring.weighed(made.model, made.inner, task)
             found[name] = {"choices": sum(right) / len(right), "rows": len(right)}
     generating = {name: task for name, task in tasks.items() if task["new"]}
     if generating:
-        model = made.merge()
+        with place.making():
+            model = made.merge()
         if METHODS[spec.method].family == "peft":  # merging takes the adapters off the model: the next run makes its own
             place.program, place.key = None, ()
         for name, task in generating.items():
-            texts = scoring.generated(model, task, place.words)
+            with place.turns.computing():
+                texts = scoring.generated(model, task, place.words)
             if name != "e2e":
                 right = scoring.exact(texts, task["references"])
                 found[name] = {"exact": sum(right) / len(right), "rows": len(right)}

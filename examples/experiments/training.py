@@ -1,5 +1,6 @@
 """The training loop: one step on fixed shapes, replayed as a CUDA graph where there is a GPU, taken as it is elsewhere."""
 
+import gc
 import math
 import time
 import warnings
@@ -9,13 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from experiments import compiled
+
 CAUSAL = "causal_alone"  # rows are padded on the right: no answer sees the padding, so no mask is needed
 WARM_UP, CLIP = 10, 1.0
+PART, PIECE = 128, 4096  # rows of a forward, tokens of a head, where nothing is kept for a backward
 TRIED = 3  # steps at a rate of 0 before a capture: kernels load, sarac looks at its factors once, the optimiser makes its state
 
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
@@ -55,28 +58,41 @@ def answers(ids: Tensor, bounds: Tensor, width: int) -> tuple[Tensor, Tensor, Te
 def token_nll(inner: Any, ids: Tensor, bounds: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The nll of every answer token (rows, width), zero where there is none, and which there are; the head is on those alone."""
     at, wanted, inside = answers(ids, bounds, width)
-    with autocast(ids.device):
-        hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
-        flat = at + torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1]
-        logits = inner.lm_head(hidden.flatten(0, 1).index_select(0, flat.flatten()))
-    nll = F.cross_entropy(logits.float(), wanted.flatten(), reduction="none").view_as(inside)
+    flat = at + torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1]
+    with compiled.chains():
+        with autocast(ids.device):
+            hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = inner.lm_head(hidden.flatten(0, 1).index_select(0, flat.flatten()))
+        nll = compiled.take("losses", logits, wanted.flatten()).view_as(inside)
     return nll * inside, inside
 
 
 @torch.no_grad()
 def row_nll(model: nn.Module, inner: Any, rows: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
-    """The summed nll of every row and how many answer tokens it has."""
+    """The summed nll of every row and how many answer tokens it has.
+
+    Which tokens those are is known on the CPU, so that the head is on no others; a piece at a time, as logits are gigabytes.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = (64 if width < 128 else 32) if device.type == "cuda" else 8  # the logits of a part are gigabytes
-    sums, counts = [], []
-    for ids, bounds in zip(rows["ids"].split(size), rows["bounds"].split(size), strict=True):
-        nll, inside = token_nll(inner, ids.to(device).long(), bounds.to(device).long(), width)
-        sums.append(nll.sum(1).double())
-        counts.append(inside.sum(1))
+    size = PART if device.type == "cuda" else 8
+    at, wanted, inside = answers(rows["ids"].long(), rows["bounds"].long(), width)
+    sums = torch.zeros(len(inside), dtype=torch.float64, device=device)
+    for start in range(0, len(inside), size):
+        part = slice(start, start + size)
+        there, ids = inside[part], rows["ids"][part].to(device).long()
+        row = torch.arange(len(there)).unsqueeze(1).expand_as(there)
+        flat, owner, after = ((at[part] + row * ids.shape[1])[there], row[there] + start, wanted[part][there])
+        with compiled.chains():
+            with autocast(device):
+                hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            for places, of, token in zip(*(one.to(device).split(PIECE) for one in (flat, owner, after)), strict=True):
+                with autocast(device):
+                    logits = inner.lm_head(hidden.index_select(0, places))
+                sums.index_add_(0, of, compiled.take("losses", logits, token).double())
     model.train(training)
-    return torch.cat(sums).cpu(), torch.cat(counts).cpu()
+    return sums.cpu(), inside.sum(1)
 
 
 def mean_nll(model: nn.Module, inner: Any, rows: Mapping[str, Tensor], width: int) -> float:
@@ -117,11 +133,12 @@ def order(counts: list[int], batch: int, steps: int, seed: int) -> Tensor:
 class Program:
     """One trainable model with its optimiser and its captured step; it serves runs of other seeds and rates after a reset.
 
-    `held`: bytes on the device that are not the method's.
+    All that it does is on the stream that it is made on; wait for it before another thread reads what it made. `held`: bytes on
+    the device that are not the method's; None where other threads allocate too, and no peak can be told.
     """
 
     def __init__(
-        self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool, held: int = 0
+        self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool, held: int | None = 0
     ) -> None:
         self.made, self.width, self.balanced = made, width, balanced
         self.params = made.trained
@@ -142,8 +159,9 @@ class Program:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             self._capture()
-            held += sum(tensor.nbytes for tensor in self.first)
-            self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+            if held is not None:
+                held += sum(tensor.nbytes for tensor in self.first)
+                self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30
             self.reset()
 
     def _step(self) -> Tensor:
@@ -158,26 +176,35 @@ class Program:
         return loss.detach()
 
     def _capture(self) -> None:
-        """Three steps at a rate of 0 on a side stream, then one as a graph; what cannot be captured runs as it is."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), warnings.catch_warnings():
+        """Three steps at a rate of 0, then one as a graph, on this thread's stream; what cannot be captured runs as it is.
+
+        Other threads' work goes on meanwhile: nothing here waits for it, and a capture sees its own thread's errors alone.
+        """
+        stream = torch.cuda.current_stream()
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rate of 0 is meant
             for _ in range(TRIED):
                 self._step()
                 self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        stream.synchronize()
+        gc.collect()
+        graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what it finds may belong to another thread, and be destroyed in the midst of this capture
         try:
             # The gradients are None: the capture makes them in its own memory, and every replay writes them anew.
-            with torch.cuda.graph(graph):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
                 self.loss = self._step()
+            finally:
+                graph.capture_end()
             self.graph = graph
         except RuntimeError as error:
-            torch.cuda.synchronize()
+            stream.synchronize()
             self.why_eager = str(error).strip().splitlines()[0][:200]
             self.optimizer.zero_grad(set_to_none=True)
+        finally:
+            if collecting:
+                gc.enable()
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -223,4 +250,4 @@ class Program:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
