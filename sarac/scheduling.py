@@ -136,7 +136,8 @@ def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str) -> Sched
     _, out, inner = slot.layout.sizes(tuple(weight.shape))
     why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).replace(PINNED, AUTO)
     routed, biased = not adapter.foldable, module._parameters.get("bias") is not None
-    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased)
+    factors, sets = bool({"u", "v"} & set(adapter.trainable)), len(slot.tensors(module)["shift"]) if routed else 0
+    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased, factors, sets)
     return scheduled(slot.site, call, str(weight.dtype).removeprefix("torch."), device, asked, why)
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from sarac.ir import ready
 from sarac.ir.cache import store
 from sarac.ir.cost import NAMES, Call, Rates, device_name, keep_rates
 from sarac.ir.errors import InputError
@@ -119,6 +120,7 @@ def tune(
                 compared.append(Compared(call, name, dtype, predicted, 1e3 * _measured(call, name, where, getattr(torch, dtype))))
     kept = store() if keep else None
     path = keep_rates(Path(kept.folder), device_name(where), rates) if kept else ""
+    ready.forget()  # calls that were looked at chose by other rates
     return Tuned(device_name(where), rates, tuple(compared), str(path))
 
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "ir.rule": "ir.errors ir.spectrum ir.methods",
     "ir.plan": "ir.errors ir.adapters ir.methods",
     "ir.weight": "ir.errors ir.layout ir.calls ir.adapters",
-    "ir.guarded": "ir.errors ir.weight",
+    "ir.guarded": "ir.calls ir.errors ir.weight",
     "ir.layers": "ir.guarded ir.errors ir.spectrum ir.terms ir.calls ir.adapters ir.weight",
     "ir.record": "ir.errors ir.adapters ir.plan ir.layers",
     "ir.match": "ir.layout ir.terms",

@@ -37,12 +37,6 @@ def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
     return flat.view(y.shape)
 
 
-def unbiased(y: Tensor, bias: Some, u: Tensor) -> Tensor:
-    """Uᵀ (y - b) of every row, (k, tokens), from U as (k, out)."""
-    flat = rows(y).mT
-    return u @ flat if bias is None else torch.addmm(-(u @ bias).unsqueeze(1), u, flat)
-
-
 def lain(matrix: Tensor) -> Tensor:
     """A matrix (k, …), copied where a GPU's products would be slow with it: its rows are no whole 16 bytes apart."""
     if matrix.is_cuda and max(matrix.stride()) * matrix.element_size() % 16:

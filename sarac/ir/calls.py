@@ -42,7 +42,7 @@ def shifted(
     if schedule == PLAIN or not (shift.requires_grad or trained) or not by_hand(dtype, x, weight, bias, u, v, scale, shift):
         plain: Tensor = add(base(op, x, weight, bias), scaled(project(x, v), shift * scale), u)
         return plain
-    choices = _TWO_SIDED if trained else _choices(schedule, dtype, x, op, (weight, u, v, scale), False, False)
+    choices = _TWO_SIDED if trained else _choices(schedule, dtype, x, op, (weight, u, v, scale), False, bias is not None)
     if not torch.compiler.is_compiling() and _as_ever(x):
         remember(x, (shift, weight, bias, u, v, scale), (schedule, op), choices)
     name = schedule_at(x.numel() // x.shape[-1], choices)
@@ -86,7 +86,7 @@ def _choices(
     if schedule in (AUTO, PINNED):
         choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes, biased)
     else:
-        served = schedule in (ROUTED if routes else SCHEDULES) and not (routes and biased and schedule == "left")
+        served = schedule in (ROUTED if routes else SCHEDULES) and not (biased and schedule == "left")
         choices = ((LARGEST, schedule if served else TWO_SIDED),)
     return choices if compiling or still_singular(op, *given) else _TWO_SIDED
 
@@ -111,8 +111,9 @@ def _called(
 
 
 def by_hand(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> bool:
-    """Whether gradients written by hand serve this call, which runs in this dtype; `tensors` starts with U and V."""
-    if not torch.is_grad_enabled() or weight.requires_grad or dtype not in _DTYPES:
+    """Whether gradients written by hand serve this call, which runs in this dtype; `tensors` starts with U, V and s."""
+    u, v, scale = tensors[:3]
+    if not torch.is_grad_enabled() or weight.requires_grad or scale.requires_grad or dtype not in _DTYPES:
         return False
     for one in (x, weight, *tensors) if bias is None else (x, weight, bias, *tensors):
         if type(one) not in PLAIN_TYPES:
@@ -121,7 +122,6 @@ def by_hand(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, 
         return False
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype != torch.float64
-    u, v = tensors[:2]
     return weight.dtype == u.dtype == v.dtype == dtype and (bias is None or bias.dtype == dtype)
 
 
@@ -140,7 +140,7 @@ def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor)
     if held is None or held[0]() is not owner:
         held = _verdicts[id(owner)] = (weakref.ref(owner, functools.partial(_drop, id(owner))), {})
     versions = [0 if one.is_inference() else one._version for one in (weight, u, v, scale)]
-    key = (weight.storage_offset(), *versions)
+    key = (weight.storage_offset(), weight.dtype, weight.data_ptr(), u.data_ptr(), *versions)  # a module moves by `.data`
     found = held[1].get(key)
     if found is None:
         if len(held[1]) > _MOST:
@@ -149,9 +149,9 @@ def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor)
     return found
 
 
-def forget(weight: Tensor) -> None:
-    """Look again at a weight that was exchanged: a write by `.data` leaves no trace."""
-    _verdicts.pop(id(weight), None)
+def forget() -> None:
+    """Look at every weight and call again: writes by `.data` leave no trace, and tensors with weak references are not swapped."""
+    _verdicts.clear()
     ready.forget()
 
 

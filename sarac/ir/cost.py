@@ -72,18 +72,22 @@ class Call:
     rank: int
     size: int = 2
     routed: bool = False  # gates mix the shifts: there is no weight to make
-    biased: bool = False  # a projection of what holds a bias is not exactly zero where x is, and gates would tell ties apart
+    biased: bool = False  # what is rounded at a bias's size is no source of W x
+    factors: bool = False  # U and V train
+    sets: int = 0  # whose scores are kept
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The schedules that can serve."""
-        if not self.routed:
-            return NAMES
-        return ("right", "two-sided") if self.biased else ("right", "left", "two-sided")
+        if self.factors:
+            return ("two-sided",)
+        names = tuple(name for name in NAMES if name not in ("materialised", "rebuilt")) if self.routed else NAMES
+        return tuple(name for name in names if name != "left") if self.biased else names
 
     def kept(self, schedule: str) -> int:
         """Bytes kept from the forward to the backward."""
-        return (self.tokens * self.rank + (self.out * self.inner if schedule == "materialised" else 0)) * self.size
+        held = self.out * self.inner if schedule == "materialised" else self.tokens * self.inner if self.factors else 0
+        return (self.tokens * self.rank + held) * self.size + 4 * self.tokens * self.sets
 
     def seconds(self, schedule: str, rates: Rates) -> float:
         """Seconds of forward and backward, without those of `floor`."""
@@ -91,13 +95,15 @@ class Call:
         reduced = rates.passes(2 * t * k, size)
         if schedule == "two-sided":
             thin = 2 * rates.product(t, n, k, size) + 2 * rates.product(t, m, k, size)
-            return thin + reduced + rates.passes(2 * k * (m + n) + t * (m + n), size, 2)
+            trained = rates.product(k, t, m, size) + rates.product(k, t, n, size) if self.factors else 0.0
+            return thin + trained + reduced + rates.passes(2 * k * (m + n) + t * (m + n), size, 2)
         if schedule in ("right", "left"):  # the sum in place one way, beside x or dY the other
             side = n if schedule == "right" else m
             return 4 * rates.product(t, side, k, size) + reduced + rates.passes(4 * k * side + 4 * t * side, size, 3)
         made = rates.product(m, k, n, size) + rates.passes(2 * k * m + 3 * m * n, size, 2)
         thin = rates.product(t, min(m, n), k, size)
-        return 2 * thin + (2 if schedule == "rebuilt" else 1) * made + reduced + rates.passes(0, size)
+        other = rates.product(t, n, k, size) if self.biased and m < n else thin
+        return thin + other + (2 if schedule == "rebuilt" else 1) * made + reduced + rates.passes(0, size)
 
     def floor(self, rates: Rates) -> float:
         """Seconds of forward and backward of the frozen linear call."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sarac.ir.calls import forget
 from sarac.ir.errors import WeightError
 from sarac.ir.weight import EffectiveWeight, settle
 
@@ -22,6 +23,7 @@ def overrides(base: type, params: tuple[str, ...]) -> dict[str, Any]:
         "__copy__": _copy,
         "__reduce_ex__": _reduce,
         "_load_from_state_dict": _loader(base, params),
+        "_apply": _mover(base),
         "extra_repr": _repr(base),
     }
 
@@ -78,6 +80,7 @@ def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
             own, given = self._parameters[param], state.get(prefix + param)
             if own is not None and isinstance(given, Tensor):
                 state[prefix + param] = in_shape(given, own.shape)
+        forget()
         self.__dict__["_sara_loading"] = True  # with assign=True the state dict's base takes the place of this one
         try:
             base._load_from_state_dict(self, state, prefix, *args)
@@ -86,6 +89,14 @@ def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
         settle(self)
 
     return _load_from_state_dict
+
+
+def _mover(base: Any) -> Callable[..., Any]:
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forget()  # what moves by `.data`, or is swapped, is not what was looked at
+        return base._apply(self, *args, **kwargs)
+
+    return _apply
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -1,7 +1,8 @@
 """The schedule that makes the weight itself: (W + U diag(δ s) V) x + b, δ's gradient by thin products on the smaller side alone.
 
-On the right V dX = (1 + δ) ⊙ s ⊙ Uᵀ dY gives what the formula takes from dY, on the left Uᵀ (y - b) = (1 + δ) ⊙ s ⊙ V x what it
-takes from x. Directions where |1 + δ| < NEAR divide nothing: they are computed from dY and from x.
+On the right V dX = (1 + δ) ⊙ s ⊙ Uᵀ dY gives what the formula takes from dY, on the left Uᵀ y = (1 + δ) ⊙ s ⊙ V x what it takes
+from x; there a bias is in the way, and V x is computed. Directions where |1 + δ| < NEAR divide nothing: they are computed from dY
+and from x. A shift of 10 and more, in turn, is so large a part of dX that the others' gradients lose digits to its rounding.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sarac.ir import fused
 from sarac.ir.byhand import (
@@ -29,7 +30,6 @@ from sarac.ir.byhand import (
     saved,
     sums,
     times,
-    unbiased,
 )
 from sarac.ir.terms import base
 
@@ -39,7 +39,7 @@ class Materialised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Made:
-        """As the class says; h = V x on the right, Uᵀ (y - b), mended, on the left."""
+        """As the class says; h = V x on the right and with a bias, else Uᵀ y, mended."""
         return _forward(ctx, given, kept=True)
 
     @staticmethod
@@ -51,14 +51,14 @@ class Materialised(torch.autograd.Function):
             if made is None or differentiable():
                 made = _made(weight, lain(u.mT), times(v, shift * scale))
             dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
-            if not _tall(weight):
+            if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
-            elif dx is None or differentiable():
+            elif not _tall(weight) or dx is None or differentiable():
                 dshift = sums(times(u.mT, scale) @ rows(dy).mT, h)
             else:
                 dshift = sums(projected(dx, v), h, shift, (rows(dy), u.mT, scale))
         if dh is not None and again():
-            if _tall(weight):
+            if _tall(weight) or ctx.seen:
                 dx = plus(dx, dh.mT @ v)
             else:  # h = (1 + δ) ⊙ s ⊙ V x, or s ⊙ V x where that is near zero
                 c = 1 + shift
@@ -83,13 +83,14 @@ def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
     op, x, weight, bias, u, v, scale, shift, siblings = given
     made = _held_or_made(op, (weight, u, v, scale, shift))
     y = base(op, x, lying(op, made), bias)
-    if _tall(made):
+    ctx.seen = bias is not None  # W x that is rounded at a bias's size tells nothing of small ones
+    if _tall(made) or ctx.seen:
         h = projected(x, v, siblings)
     else:
-        h = unbiased(y, bias, lain(u.mT))
+        h = lain(u.mT) @ rows(y).mT
         fused.mend(h, rows(x), v, scale, shift, NEAR)
-    keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
-    return y, h
+    keep(ctx, op, x, weight, made if kept or _held else None, u, v, scale, shift, h)
+    return y.detach(), h
 
 
 def _tall(weight: Tensor) -> bool:
@@ -100,8 +101,8 @@ def _tall(weight: Tensor) -> bool:
 def accumulating() -> Iterator[None]:
     """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
 
-    Every such weight is held until the end of the block. A shift that is written to within is seen by its version, and so is a
-    base outside of autocast.
+    Every such weight is held until the end of the block, a rebuilt one too. What is written to within is seen by its version (not
+    by `.data`). Under autocast, and where shifts are computed (uniform Mo-SARA), each call makes its own.
     """
     _held.append({})
     try:
@@ -110,19 +111,19 @@ def accumulating() -> Iterator[None]:
         _held.pop()
 
 
-# By the id of a shift and how the weight is read (a shift may serve both ways, and several dtypes): shift, versions, weight.
-_held: list[dict[tuple[Any, ...], tuple[Tensor, tuple[int, int], Tensor]]] = []
+# By the ids of W, U, V and δ and how the weight is read: these tensors, their versions, the weight.
+_held: list[dict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]]] = []
 
 
 def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
     weight, u, v, scale, shift = given
-    if not _held or torch.compiler.is_compiling() or not shift.is_leaf or weight.is_inference():
-        return _made(lying(op, weight), times(u.mT, shift * scale), v)
-    key, versions = (id(shift), op, weight.stride(), weight.dtype), (shift._version, weight._version)
+    if not _held or torch.compiler.is_compiling() or not all(isinstance(one, nn.Parameter) for one in (weight, u, v, shift)):
+        return _made(lying(op, weight), times(u.mT, shift * scale), v)  # what autocast casts is another one for each call
+    key, versions = (op, *map(id, given)), tuple([one._version for one in given])
     found = _held[-1].get(key)
     if found is None or found[1] != versions:
-        found = _held[-1][key] = (shift, versions, _made(lying(op, weight), times(u.mT, shift * scale), v))
+        found = _held[-1][key] = (given, versions, _made(lying(op, weight), times(u.mT, shift * scale), v))
     return found[2]
 
 

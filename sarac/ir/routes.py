@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sarac.ir import fused
-from sarac.ir.byhand import Made, Some, again, expanded, gradients, keep, lain, plus, projected, rows, saved, times, unbiased
+from sarac.ir.byhand import Made, Some, again, expanded, gradients, keep, lain, plus, projected, rows, saved, times
 from sarac.ir.siblings import Siblings
 from sarac.ir.terms import base, gates_of
 
@@ -29,7 +29,7 @@ class RoutedTwoSided(torch.autograd.Function):
         h = projected(x, v, siblings)
         mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
         keep(ctx, op, x, weight, u, v, scale, shift, router, h, scores)
-        return expanded(base(op, x, weight, bias), mixed, lain(u.mT)), h
+        return expanded(base(op, x, weight, bias), mixed, lain(u.mT)).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
@@ -56,7 +56,7 @@ class RoutedRight(torch.autograd.Function):
         mixed, scores = _mixed(h, router, shift, ctx.kind)
         keep(ctx, op, x, weight, v, shift, router, h, scores)
         moved = torch.addmm(rows(x), mixed.mT, v)
-        return base(op, moved.view(x.shape), weight, bias), h
+        return base(op, moved.view(x.shape), weight, bias).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
@@ -73,17 +73,17 @@ class RoutedRight(torch.autograd.Function):
 
 
 class RoutedLeft(torch.autograd.Function):
-    """(W x + b) + U (((δ ⊙ s)ᵀ g) ⊙ s⁻¹ Uᵀ W x)."""
+    """W x + U (((δ ⊙ s)ᵀ g) ⊙ s⁻¹ Uᵀ W x); not with a bias, beside which a row of zeros would not tie the scores."""
 
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
         """As the class says; h = s⁻¹ Uᵀ W x, which is V x."""
-        op, x, weight, bias, u, _, scale, shift, _, router, ctx.kind = given
-        y = base(op, x, weight, bias)
-        h = unbiased(y, bias, times(u.mT, 1 / scale))
+        op, x, weight, _, u, _, scale, shift, _, router, ctx.kind = given
+        y = base(op, x, weight, None)
+        h = times(u.mT, 1 / scale) @ rows(y).mT
         mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
         keep(ctx, op, x, weight, u, scale, shift, router, h, scores)
-        return expanded(y, mixed, lain(u.mT)), h
+        return expanded(y, mixed, lain(u.mT)).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:

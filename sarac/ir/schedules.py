@@ -3,11 +3,12 @@
 y = W x + U diag(δ s) V x, with U s = W Vᵀ and s V = Uᵀ W of the singular vectors, is also
     two-sided       (W x + b) + U ((δ s) ⊙ V x)
     right           W (x + Vᵀ (δ ⊙ V x)) + b                     by V alone
-    left            (I + U diag(δ) Uᵀ) W x + b                   by U alone
+    left            (I + U diag(δ) Uᵀ) W x                       by U alone, where there is no bias
     materialised    (W + U diag(δ s) V) x + b                    one product more for the weight, two thin ones fewer for x
     rebuilt         the same, the weight made again for the backward and not kept
 with gradients written by hand: of tokens x k numbers only h = V x (or Uᵀ W x) is kept, no frozen tensor gets a gradient, and
-δ's is summed in float32. h is an output beside y, which lets a gradient be differentiated again.
+δ's is summed in float32. h is an output beside y, which lets a gradient be differentiated again; y is no view, lest nobody could
+write to it.
 """
 
 from typing import Any
@@ -29,7 +30,6 @@ from sarac.ir.byhand import (
     saved,
     sums,
     times,
-    unbiased,
 )
 from sarac.ir.materialised import Materialised, Rebuilt
 from sarac.ir.siblings import Siblings
@@ -49,7 +49,7 @@ class TwoSided(torch.autograd.Function):
         h = projected(x, v, siblings)
         factors = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         keep(ctx, op, x, x if factors else None, weight, u, v, scale, shift, h)
-        return expanded(base(op, x, weight, bias), h, times(u.mT, shift * scale)), h
+        return expanded(base(op, x, weight, bias), h, times(u.mT, shift * scale)).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
@@ -78,7 +78,7 @@ class Right(torch.autograd.Function):
         op, x, weight, bias, _, v, _, shift, siblings = given
         h = projected(x, v, siblings)
         keep(ctx, op, x, weight, v, shift, h)
-        return base(op, torch.addmm(rows(x), h.mT, times(v, shift)).view(x.shape), weight, bias), h
+        return base(op, torch.addmm(rows(x), h.mT, times(v, shift)).view(x.shape), weight, bias).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
@@ -95,16 +95,16 @@ class Right(torch.autograd.Function):
 
 
 class Left(torch.autograd.Function):
-    """(I + U diag(δ) Uᵀ) W x + b."""
+    """(I + U diag(δ) Uᵀ) W x; not with a bias, at whose size W x would be rounded."""
 
     @staticmethod
     def forward(ctx: Any, *given: *Given) -> Made:
-        """As the class says; h = Uᵀ W x: W x + b is one product, from whose projection that of b is taken off again."""
-        op, x, weight, bias, u, _, _, shift, _ = given
-        y = base(op, x, weight, bias)
-        h = unbiased(y, bias, lain(u.mT))
+        """As the class says; h = Uᵀ W x."""
+        op, x, weight, _, u, _, _, shift, _ = given
+        y = base(op, x, weight, None)
+        h = lain(u.mT) @ rows(y).mT
         keep(ctx, op, x, weight, u, shift, h)
-        return expanded(y, h, times(u.mT, shift)), h
+        return expanded(y, h, times(u.mT, shift)).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:

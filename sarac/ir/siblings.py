@@ -24,10 +24,12 @@ class Siblings:
     def project(self, x: Tensor, v: Tensor) -> Tensor:
         """V x of every row, (k, rows), from x (…, in) and V (k, in)."""
         last = self._last
-        if last.x() is x and last.version == x._version and id(v) in last.ready:
-            return last.ready.pop(id(v))
+        seen, mine = _version(x), (id(v), _version(v))
+        if last.x() is x and last.version == seen and mine in last.ready:
+            return last.ready.pop(mine)
         if last.ready:  # somebody did not come: it goes another way
-            self.members = [(module, name) for module, name in self.members if id(module._parameters.get(name)) not in last.ready]
+            left = {one for one, _ in last.ready}
+            self.members = [(module, name) for module, name in self.members if id(module._parameters.get(name)) not in left]
             last.ready = {}
         flat, joint = x.reshape(-1, x.shape[-1]).mT, list[Tensor]()
         for module, name in self.members:
@@ -37,9 +39,9 @@ class Siblings:
         if len(joint) < 2 or not any(one is v for one in joint):
             return v @ flat
         parts = torch.split(torch.cat(joint) @ flat, [len(one) for one in joint])
-        last.x, last.version = weakref.ref(x), x._version
-        last.ready = {id(one): part for one, part in zip(joint, parts, strict=True)}
-        return last.ready.pop(id(v))
+        last.x, last.version = weakref.ref(x), seen
+        last.ready = {(id(one), _version(one)): part for one, part in zip(joint, parts, strict=True)}
+        return last.ready.pop(mine)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
         new = memo[id(self)] = Siblings([])
@@ -53,7 +55,11 @@ class _Last(threading.local):
     def __init__(self) -> None:
         self.x: Any = lambda: None
         self.version = 0
-        self.ready: dict[int, Tensor] = {}
+        self.ready: dict[tuple[int, int], Tensor] = {}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # what inference mode made cannot be written to outside of it
 
 
 def _joins(one: Tensor, other: Tensor) -> bool:

@@ -96,11 +96,11 @@ def no_matrix(parts: int, layout: Layout) -> str:
 
 def settle(module: nn.Module) -> None:
     """Note whether the schedules of an adapted module's slots are free: compiled code cannot look at values when it runs."""
+    forget()
     for slot in module.__dict__["_sara"].slots.values():
         weight = module._parameters[slot.param]
         if weight is None or isinstance(weight, DTensor):
             continue
-        forget(weight)
         if module.__dict__[slot.schedule] in (AUTO, PINNED):
             module.__dict__[slot.schedule] = PINNED if fixed(slot, module) else AUTO
 

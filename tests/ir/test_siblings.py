@@ -80,7 +80,7 @@ def test_wide_ones_and_other_dtypes_stay_apart() -> None:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.q, self.k, self.o = (nn.Linear(8, 8, bias=False) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.o(torch.tanh(self.q(x)) * self.k(x))
