@@ -498,6 +498,39 @@ def test_report_is_made_of_the_lines(results: Path, tmp_path: Path) -> None:
         assert known.mean(entry.spec).text() not in section
 
 
+def test_peaks_are_those_of_timings(tmp_path: Path) -> None:
+    known = Spec("lora", "r=1", lr=0.1, **QUICK)
+    line = {"trained": 5, "peak_gib": 9.0, "train_s": 1.0}
+    beside = {**line, "id": known.identity, "spec": vars(known), "nll": 1.0, "unrelated_nll": 2.0}
+    alone = Spec("lora", "r=1", lr=0.1, **{**QUICK, "kind": "timing", "steps": 20})
+    timed = {**line, "id": alone.identity, "spec": vars(alone), "peak_gib": 3.0, "ms_step": 4.0, "why_plain": ""}
+    entry = lines.Entry("LoRA", known)
+    cells = [text.strip() for text in lines.comparison(lines.Lines([beside, timed]), [entry]).splitlines()[-1].split("|")]
+    assert cells[-4:-1] == ["4.0", "3.0", "1"]
+    cells = [text.strip() for text in lines.comparison(lines.Lines([beside]), [entry]).splitlines()[-1].split("|")]
+    assert cells[-4:-1] == ["", "", "1"]
+    assert "| LoRA | r=1 | 5 | 4.0 | 3.0 | compiled |" in report.timings([beside, timed], "tiny")
+    assert report.timings([beside], "tiny") == ""
+
+
+def test_committed_lines_are_of_the_runs_that_are_wanted() -> None:
+    found = run.read(report.RESULTS / "runs.jsonl")
+    made_by = {line["id"]: Spec.of(line) for line in found}
+    assert all(one.identity == name for name, one in made_by.items())
+    assert len(made_by) == len(found)
+    known = search.Search(found)
+    specs = run.wanted(run.BY_VALUE, "smollm2")
+    ready, waiting = known.resolved(specs)
+    every = {one.identity for one in (*run.searching(specs, "smollm2"), *known.further(), *ready)}
+    further = {one.identity for one in made_by.values() if one.seed == spec.SEARCH_SEED}
+    assert not waiting
+    assert made_by.keys() <= every | further
+    left = spec.missing(ready, found)
+    assert len(left) + len(made_by.keys() & {one.identity for one in ready}) == len(ready)
+    other = Spec(**{**vars(left[0]), "steps": 121})
+    assert other.identity not in every
+
+
 def test_intervals_are_those_computed_by_hand() -> None:
     # Differences 1, 2, 3: mean 2, standard error 1/√3, t(0.975, 2) = 4.30265; t = 3.4641 has p = 0.07418 on two sides.
     gap = intervals.paired({0: 2.0, 1: 4.0, 2: 6.0, 7: 9.0}, {0: 1.0, 1: 2.0, 2: 3.0, 5: 0.0})

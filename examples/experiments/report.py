@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from experiments import scoring
-from experiments.lines import Lines
+from experiments.lines import Lines, table
+from experiments.methods import METHODS
 from experiments.run import BY_VALUE, read, searching, study
 from experiments.spec import merged, missing
 
@@ -58,11 +59,31 @@ def about(lines: Sequence[dict[str, Any]], model: str) -> str:
         f"{len(made)} runs of {model} on {', '.join(f'{name} ({n})' for name, n in devices.items())}; {'; '.join(versions)}.",
         f"Steps were taken {', '.join(f'{how} ({count})' for how, count in graphs.items())}.",
     ]
+    chains = Counter(line["why_plain"] or "compiled" for line in made if "why_plain" in line)
+    if chains:
+        rows.append(f"Chains that all methods share: {', '.join(f'{how} ({count})' for how, count in chains.items())}.")
     failed = Lines(lines).errors
     if failed:
         names = Counter(f"{line['spec']['method']} {line['spec']['plan']}" for line in failed)
         rows.append(f"Failed: {', '.join(f'{name} ({count})' for name, count in names.items())}.")
     return " ".join(rows)
+
+
+def timings(lines: Sequence[dict[str, Any]], model: str) -> str:
+    """What steps took that a method had the machine for alone, the last time each."""
+    found = {}
+    for line in lines:
+        if line["spec"]["kind"] == "timing" and line["spec"]["model"] == model and "error" not in line:
+            found[line["id"]] = line
+    rows = [
+        [METHODS[one["spec"]["method"]].label, one["spec"]["plan"], f"{one['trained']:,}", f"{one['ms_step']:.1f}",
+         "" if one["peak_gib"] is None else f"{one['peak_gib']:.1f}", "compiled" if one.get("why_plain") == "" else "as written"]
+        for one in sorted(found.values(), key=lambda one: float(one["ms_step"]))
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    heads = ["", "plan", "trains", "ms a step", "peak GiB beyond the model", "the shared chains"]
+    return f"Steps of 16 rows of gsm8k, alone on the machine:\n\n{table(heads, rows)}"
 
 
 def scored(paths: Sequence[Path], tokens: Path | None) -> list[dict[str, Any]]:
@@ -87,7 +108,7 @@ def written(lines: Sequence[dict[str, Any]], model: str, out: Path) -> None:
     known, folder = Lines(lines), out.parent / "plots"
     head = (out.parent / "settings.md").read_text(encoding="utf-8").strip() if (out.parent / "settings.md").exists() else ""
     parts = ["# Results", "Written by `python -m experiments.report`; conclusions by hand, in conclusions.json.", head]
-    parts += [about(lines, model), ranks(folder)]
+    parts += [about(lines, model), timings(lines, model), ranks(folder)]
     parts += [section(number, known, model, folder) for number in sorted(BY_VALUE)]
     out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
