@@ -7,6 +7,7 @@ from typing import Any
 from experiments.intervals import Mean
 
 SIZE, DPI = (7.0, 4.0), 80
+DASHES = ("-", "--", ":")  # after ten colours
 
 
 def _axes() -> tuple[Any, Any]:
@@ -34,16 +35,27 @@ def curves(lines: Mapping[str, Mapping[float, Any]], path: Path, across: str, up
     if not shown:
         return ""
     figure, axes = _axes()
-    for name, points in shown.items():
+    for number, (name, points) in enumerate(shown.items()):
         places = sorted(points)
         values = [_of(points[x]) for x in places]
-        axes.errorbar(places, [v for v, _ in values], [h for _, h in values], marker="o", markersize=3, capsize=2, label=name)
+        how = {"linestyle": DASHES[number // 10 % len(DASHES)], "marker": "o", "markersize": 3, "capsize": 2}
+        axes.errorbar(places, [v for v, _ in values], [h for _, h in values], label=name, **how)
     if log:
         axes.set_xscale("log")
     axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.legend(fontsize=6)
+    axes.set_ylabel(up + _cut(axes, [_of(one)[0] for points in shown.values() for one in points.values()]))
+    many = len(shown) > 6
+    axes.legend(fontsize=6, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
     return _written(figure, path)
+
+
+def _cut(axes: Any, values: Sequence[float]) -> str:
+    """Leave out what is far above nearly all, as of runs that diverged, lest nothing else can be told apart; how many those are."""
+    most = sorted(values)[int(0.95 * (len(values) - 1))]
+    above = sum(value > 2 * most for value in values)
+    if above:
+        axes.set_ylim(top=1.15 * most, bottom=min(values) - 0.05 * (most - min(values)))
+    return f"\n({above} far above are not shown)" if above else ""
 
 
 def grouped(points: Mapping[str, Sequence[tuple[str, Any]]], path: Path, up: str) -> str:
