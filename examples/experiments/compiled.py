@@ -19,7 +19,8 @@ from transformers.models.llama import modeling_llama as llama
 
 Chain = Callable[..., Any]
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-ROWS, LENGTH = 3, 40  # of what the chains are proved on; both are sizes that may change without a compilation
+# Rows and tokens of a row that the chains are proven on: as in a step where kernels are chosen by their size, few elsewhere.
+PROVEN = {"cuda": (16, 256), "cpu": (3, 40)}
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest number
 VARIANTS = 64  # of a chain: gradients or none, of which of its inputs, a batch as long as its rows
 
@@ -142,16 +143,17 @@ def prove(name: str, config: Any, device: torch.device) -> None:
 
 def samples(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Arguments for every chain, of the model's sizes and as its modules give them; `dtype`: what its products run in."""
-    draw, tokens = torch.Generator().manual_seed(0), ROWS * LENGTH
+    rows, length = PROVEN[device.type]
+    draw, tokens = torch.Generator().manual_seed(0), rows * length
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def some(*shape: int, to: torch.dtype = dtype, trains: bool = True) -> Tensor:
         return torch.randn(*shape, generator=draw).to(device, to).requires_grad_(trains)
 
     def heads(count: int) -> Tensor:
-        return some(ROWS, LENGTH, count, width, trains=False).transpose(1, 2).requires_grad_()
+        return some(rows, length, count, width, trains=False).transpose(1, 2).requires_grad_()
 
-    angles = [some(1, LENGTH, width, to=torch.float32, trains=False) for _ in range(2)]
+    angles = [some(1, length, width, to=torch.float32, trains=False) for _ in range(2)]
     wanted = torch.randint(config.vocab_size, (tokens,), generator=draw).to(device)
     weight = nn.Parameter(some(config.hidden_size, to=torch.float32, trains=False), requires_grad=False)
     return {

@@ -183,6 +183,7 @@ class Crew:
         told = line["error"].strip().splitlines()[-1] if "error" in line else f"nll {line.get('nll', line.get('ms_step')):.4f}"
         shown = f"{spec['method']} {spec['plan']} {spec['task']} seed {spec['seed']} lr {spec['lr']:g}: {told}"
         how = "" if line.get("graph", True) else f", eager ({line.get('why_eager')})"
+        how += f", chains as written ({line['why_plain']})" if self.options.compile and line.get("why_plain") else ""
         print(
             f"{left} to do, {time.time() - self.options.since:.0f} s: {shown}, {line.get('total_s', 0):.1f} s{how}",
             flush=True,
