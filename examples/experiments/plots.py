@@ -50,7 +50,7 @@ def curves(lines: Mapping[str, Mapping[float, Any]], path: Path, across: str, up
 
 
 def _cut(axes: Any, values: Sequence[float]) -> str:
-    """Leave out what is far above nearly all, as of runs that diverged, so that the rest can be told apart; how many those are."""
+    """Leave out what is far above nearly all, as of runs that diverged, so the rest can be told apart; how many those are."""
     most = sorted(values)[int(0.95 * (len(values) - 1))]
     above = sum(value > 2 * most for value in values)
     if above:
