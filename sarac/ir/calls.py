@@ -19,7 +19,7 @@ from sarac.ir.ready import PLAIN_TYPES, Steps, recalled, remember
 from sarac.ir.routes import ROUTED
 from sarac.ir.schedules import SCHEDULES
 from sarac.ir.siblings import Siblings
-from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score
+from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score, without_autocast
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
 PINNED = "auto, two-sided"  # what auto comes to where the factors are no singular vectors
@@ -169,9 +169,10 @@ def singular(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
     limit = torch.finfo(weight.dtype).eps * (64 if weight.dtype == dtype else 1)
     z = torch.randn(len(v), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(v.device, dtype)
     u, v, scale, weight = u.to(dtype), v.to(dtype), scale.to(dtype), weight.to(dtype)
-    right, left, scaled_z = v.mT @ z, u @ z, scale * z
-    pairs = ((weight @ right, u @ scaled_z), (weight.mT @ left, v.mT @ scaled_z), (v @ right, z), (u.mT @ left, z))
-    return bool(torch.stack([(one - other).norm() <= limit * other.norm() for one, other in pairs]).all())
+    with without_autocast(weight):  # whose products are rounded
+        right, left, scaled_z = v.mT @ z, u @ z, scale * z
+        pairs = ((weight @ right, u @ scaled_z), (weight.mT @ left, v.mT @ scaled_z), (v @ right, z), (u.mT @ left, z))
+        return bool(torch.stack([(one - other).norm() <= limit * other.norm() for one, other in pairs]).all())
 
 
 _TWO_SIDED: Steps = ((LARGEST, TWO_SIDED),)

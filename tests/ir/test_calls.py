@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo import close, differ, shake
 
 import sarac
-from sarac.ir import materialised
+from sarac.ir import calls, materialised
 
 METHODS = ("sara", "mosara")
 SCHEDULES = ("auto", "two-sided", "right", "left", "materialised", "rebuilt", "plain")
@@ -150,3 +150,17 @@ def test_projection_of_factors_that_were_is_not_taken() -> None:
     with torch.no_grad():
         model[0].sara_v.mul_(2.0)
     close(joint.project(x, model[0].sara_v), model[0].sara_v @ x.mT)
+
+
+@pytest.mark.parametrize("schedule", ["right", "left", "materialised", "rebuilt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_schedule_serves_under_autocast_too(dtype: torch.dtype, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(nn.Linear(64, 48, bias=False).to(dtype), schedule), torch.randn(5, 64)
+    seen: list[str] = []
+    known = dict(calls.SCHEDULES)
+    for name, function in known.items():
+        watched = type(name, (), {"apply": lambda *given, n=name, f=function: seen.append(n) or f.apply(*given)})
+        monkeypatch.setitem(calls.SCHEDULES, name, watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert seen == [schedule]
