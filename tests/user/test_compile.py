@@ -69,9 +69,9 @@ def test_every_schedule_compiles_once_for_all_steps(method: str, schedule: str, 
     require_one_graph(model, lambda m: m(x))
 
 
-def products(schedule: str, tokens: int = 64, out: int = 24, inner: int = 16, rank: int = 4) -> int:
+def products(schedule: str, bias: bool = True, tokens: int = 64, out: int = 24, inner: int = 16, rank: int = 4) -> int:
     """The operations of the compiled products of a forward and backward, all gradients taken."""
-    model, x = sarac.transform(nn.Linear(inner, out), f"rank:{rank}"), torch.randn(tokens, inner, requires_grad=True)
+    model, x = sarac.transform(nn.Linear(inner, out, bias=bias), f"rank:{rank}"), torch.randn(tokens, inner, requires_grad=True)
     sarac.schedule(model, schedule)
     counts: list[int] = []
 
@@ -92,7 +92,8 @@ def test_compiled_products_are_those_of_the_schedule_and_no_more() -> None:
     frozen = 4 * t * m * n
     assert products("two-sided") == frozen + 4 * t * k * (m + n)
     assert products("right") == frozen + 8 * t * k * n
-    assert products("left") == frozen + 8 * t * k * m + 2 * m * k  # the last takes the bias off a projection
+    assert products("left", bias=False) == frozen + 8 * t * k * m
+    assert products("left") == products("two-sided")  # beside a bias
     assert products("materialised") == frozen + 4 * t * k * n + 2 * k * m * n
     assert products("rebuilt") == frozen + 4 * t * k * n + 4 * k * m * n
 
