@@ -101,7 +101,7 @@ def schedule(
 
 
 def of_sites(sites: Mapping[Site, int], tokens: int, device: str) -> Schedules:
-    """How calls of so many tokens would run by, were these sites to carry SARA's singular values at these ranks."""
+    """How calls of so many tokens would run by, were these sites to carry SARA's singular values at these ranks, no biases."""
     found, dtypes = [], set()
     for site, rank in sites.items():
         dtype = str(site.dtype).removeprefix("torch.")

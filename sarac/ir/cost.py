@@ -119,8 +119,7 @@ class Call:
     def best(self, rates: Rates) -> str:
         """The fastest schedule; a weight is kept only where that, its projection and the factors are no more than half an input.
 
-        So no model takes more memory than one whose adapters train their factors, which keeps its inputs: half of them, as
-        siblings share theirs and others are kept anyway.
+        An adapter that trains its factors keeps its input, which siblings share or others keep anyway: half of it is the measure.
         """
         room = self.tokens * self.inner * self.size // 2
         large = self.kept("materialised") + self.stored > room

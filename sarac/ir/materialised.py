@@ -111,7 +111,7 @@ def accumulating() -> Iterator[None]:
         _held.pop()
 
 
-# By the ids of W, U, V and δ and how the weight is read: these tensors, their versions, the weight.
+# By how the weight is read and the ids of W, U, V, s and δ: these tensors, their versions, the weight.
 _held: list[dict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]]] = []
 
 

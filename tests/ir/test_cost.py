@@ -41,6 +41,30 @@ def test_choice_follows_the_operations(call: Call, best: str) -> None:
     assert schedule_at(call.tokens, call.steps(FAST)) == best
 
 
+def test_bias_rules_out_what_is_taken_from_outputs() -> None:
+    call = Call(8192, 2048, 5632, 614)
+    biased, t, k = replace(call, biased=True), 8192, 614
+    assert set(call.choices) - set(biased.choices) == {"left"}
+    more = biased.seconds("materialised", FAST) - call.seconds("materialised", FAST)
+    assert more * 1e12 == pytest.approx(2 * t * k * (5632 - 2048))  # V x on the larger side
+    tall = Call(8192, 5632, 2048, 614)
+    assert replace(tall, biased=True).seconds("materialised", FAST) == tall.seconds("materialised", FAST)
+
+
+def test_factors_that_train_take_their_products_and_keep_the_input() -> None:
+    call = Call(512, 2048, 1024, 32)
+    trains = replace(call, factors=True)
+    assert trains.choices == ("two-sided",)
+    assert trains.kept("two-sided") - call.kept("two-sided") == 512 * 1024 * 2
+    more = trains.seconds("two-sided", FAST) - call.seconds("two-sided", FAST)
+    assert more * 1e12 == pytest.approx(2 * 512 * 32 * (2048 + 1024))
+
+
+def test_scores_of_sets_are_kept() -> None:
+    call = Call(512, 2048, 1024, 32, routed=True)
+    assert replace(call, sets=5).kept("right") - call.kept("right") == 4 * 512 * 5
+
+
 def test_steps_cover_all_numbers_of_tokens() -> None:
     steps = Call(1, 2048, 2048, 614).steps(FAST)
     limits = [limit for limit, _ in steps]
