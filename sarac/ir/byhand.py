@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sarac.ir import fused
 from sarac.ir.siblings import Siblings
@@ -33,22 +34,38 @@ def projected(x: Tensor, v: Tensor, siblings: Siblings | None = None) -> Tensor:
 def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
     """y + hᵀ u in place of y (…, n), from h (k, tokens) and u (k, n); beside y where that is to be differentiated again."""
     flat = rows(y)
-    flat = torch.addmm(flat, h.mT, u) if differentiable() else flat.addmm_(h.mT, u)
+    if torch.compiler.is_compiling():  # a sum can join what reads it; `addmm` would copy y first, which is never in place there
+        flat = flat + h.mT @ u
+    else:
+        flat = torch.addmm(flat, h.mT, u) if differentiable() else flat.addmm_(h.mT, u)
     return flat.view(y.shape)
 
 
 def lain(matrix: Tensor) -> Tensor:
-    """A matrix (k, …), copied where a GPU's products would be slow with it: its rows are no whole 16 bytes apart."""
-    if matrix.is_cuda and max(matrix.stride()) * matrix.element_size() % 16:
-        return matrix.contiguous()
-    return matrix
+    """A matrix (k, …), copied where a GPU's products would be slow with it: what lies together is no whole 16 bytes apart."""
+    if not matrix.is_cuda or max(matrix.stride()) * matrix.element_size() % 16 == 0:
+        return matrix
+    wide = 16 // matrix.element_size()
+    if _turned(matrix):
+        return pad(matrix.mT, (0, -len(matrix) % wide)).mT[: len(matrix)]
+    return pad(matrix, (0, -matrix.shape[1] % wide))[:, : matrix.shape[1]]
 
 
 def times(matrix: Tensor, values: Tensor) -> Tensor:
-    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; its rows lie together."""
+    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; it lies as a product takes it."""
     if differentiable() or torch.compiler.is_compiling():
         return (matrix * values.unsqueeze(-1)).to(matrix.dtype).contiguous()
-    return torch.mul(matrix, values.unsqueeze(-1), out=matrix.new_empty(matrix.shape))  # nothing wider is written in between
+    if matrix.is_cuda and _turned(matrix):
+        wide = 16 // matrix.element_size()
+        made = matrix.new_empty(matrix.shape[1], -(-len(matrix) // wide) * wide)[:, : len(matrix)].mT
+    else:
+        made = matrix.new_empty(matrix.shape)
+    return torch.mul(matrix, values.unsqueeze(-1), out=made)  # nothing wider is written in between
+
+
+def _turned(matrix: Tensor) -> bool:
+    """Whether columns lie together: a GPU takes three times as long for a copy in which rows do."""
+    return matrix.stride(0) == 1 and matrix.stride(1) != 1
 
 
 def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> Tensor:

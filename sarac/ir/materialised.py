@@ -49,7 +49,7 @@ class Materialised(torch.autograd.Function):
         dx = dshift = None
         if dy is not None:
             if made is None or differentiable():
-                made = _made(weight, lain(u.mT), times(v, shift * scale))
+                made = _made(weight, times(u.mT, shift * scale), v)
             dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
             if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
@@ -128,7 +128,7 @@ def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor])
 
 
 def _made(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W + U V from U as (k, out); whichever of the two is scaled."""
+    """W + U V from U as (k, out)."""
     if weight.is_contiguous():
         return torch.addmm(weight, u.mT, v)
     return torch.addmm(weight.mT, v.mT, u).mT  # it lies as the stored one does, lest another kernel reads it

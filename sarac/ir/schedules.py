@@ -47,21 +47,23 @@ class TwoSided(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift, siblings = given
         h = projected(x, v, siblings)
-        factors = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        factors, values = ctx.needs_input_grad[4] or ctx.needs_input_grad[5], shift * scale
         keep(ctx, op, x, x if factors else None, weight, u, v, scale, shift, h)
-        return expanded(base(op, x, weight, bias), h, times(u.mT, shift * scale)).detach(), h
+        parts = (times(h, values), lain(u.mT)) if factors else (h, times(u.mT, values))
+        return expanded(base(op, x, weight, bias), *parts).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
-        """dX = dY W + ((δ s) ⊙ dY U) V; dδ = s ⊙ Σ dY U ⊙ V x; with P = dYᵀ h: dU = P diag(δ s), dV = diag(δ s) (dY U)ᵀ x."""
+        """dX = dY W + ((δ s) ⊙ dY U) V; dδ = s ⊙ Σ dY U ⊙ V x; dU = dYᵀ ((δ s) ⊙ V x), dV = ((δ s) ⊙ dY U)ᵀ x."""
         x, weight, u, v, scale, shift, h = saved(ctx, 1)
         dx, du, dv, dshift = None, None, None, None
         if dy is not None:
             values, g = shift * scale, lain(u.mT) @ rows(dy).mT
+            parts = (g, times(v, values)) if x is None else (times(g, values), lain(v))
             if ctx.needs_input_grad[1]:
-                dx = expanded(rows(dy) @ weight, g, times(v, values))
+                dx = expanded(rows(dy) @ weight, *parts)
             if x is not None:
-                du, dv = (rows(dy).mT @ h.mT * values).to(u.dtype), times(g @ rows(x), values)
+                du, dv = rows(dy).mT @ times(h, values).mT, parts[0] @ rows(x)
             dshift = sums(g, h) * scale
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)

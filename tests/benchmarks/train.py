@@ -1,17 +1,17 @@
 """What a training step costs, side by side in one run: the frozen model (the floor), PEFT's LoRA, SARA and Mo-SARA.
 
     python tests/benchmarks/train.py [llama llama1b llama8b smollm2] [--device cuda] [--tiny] [--ways sara mosara]
-        [--modes eager] [--rows 8] [--length 1024] [--schedules] [--jobs 7] [--out train.json]
+        [--modes eager graphed] [--rows 8] [--length 1024] [--schedules] [--jobs 7] [--out train.json]
 
 A step is forward, backward and the optimiser's (AdamW), on 8 x 1024 tokens (8b: 2 x 1024), in bfloat16 on CUDA and float32 on the
 CPU. The floor is the frozen base, forward and backward to the embeddings: what any adapter method pays at the least. Milliseconds
-are medians; `busy` is what of a step the device worked; GiB is the peak of what torch had allocated. Models have random weights
+are medians; `busy` is what of a step the device worked; GiB is the peak of what torch had allocated. `graphed` is the eager step,
+captured as a CUDA graph and replayed: what it costs where the host's Python does not. Models have random weights
 of the named shapes, the same in every layer, so that one layer is decomposed. Adapters are on all linear weights of the layers;
 what sarac chooses by is measured first. `--schedules` sets each schedule in turn where sarac would choose.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ import sarac
 Row = dict[str, Any]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCHEDULES = ("two-sided", "right", "left", "materialised", "rebuilt", "plain")
-MODES = ("eager", "compiled")
+MODES = ("eager", "graphed", "compiled")
 # Layers, width, inner width, heads, groups of keys, words, rows of tokens.
 SHAPES = {
     "llama": (8, 2048, 5632, 16, 16, 32000, 8),
@@ -56,22 +56,12 @@ def base(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> nn.Module:
         tie_word_embeddings=size < 2048,
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device(device), _default(dtype):
-        model = transformers.LlamaForCausalLM(config)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     first = model.model.layers[0].state_dict()
     for layer in model.model.layers[1:]:
         layer.load_state_dict(first)
     return model.requires_grad_(False).train()
-
-
-@contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def floor(model: nn.Module) -> nn.Module:
@@ -116,11 +106,12 @@ def ways(schedules: bool, width: int) -> dict[str, Callable[[nn.Module], nn.Modu
     return found
 
 
-def step_of(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[], None]:
+def step_of(model: nn.Module, ids: torch.Tensor, mode: str) -> Callable[[], None]:
     """A training step: forward, backward and the optimiser's."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=ids.is_cuda) if trained else None
-    call = torch.compile(model) if compiled else model
+    how = {"fused": ids.is_cuda, "capturable": mode == "graphed"}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, **how) if trained else None
+    call = torch.compile(model) if mode == "compiled" else model
 
     def step() -> None:
         call(input_ids=ids, labels=ids).loss.backward()
@@ -128,7 +119,20 @@ def step_of(model: nn.Module, ids: torch.Tensor, compiled: bool) -> Callable[[],
             optimizer.step()
             optimizer.zero_grad()
 
-    return step
+    return replayed(step) if mode == "graphed" else step
+
+
+def replayed(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as a CUDA graph, taken after three that are not."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
 
 
 class Work(NamedTuple):
@@ -149,7 +153,7 @@ class Work(NamedTuple):
         ids = torch.randint(0, 100, (self.rows or shape[-1], self.length or (64 if self.tiny else 1024)), device=self.device)
         torch._dynamo.reset()
         model = ways(True, shape[1])[self.way](base(shape, self.device, dtype))
-        step = step_of(model, ids, self.mode == "compiled")
+        step = step_of(model, ids, self.mode)
         for _ in range(3):
             step()
         return model, ids, step
@@ -266,6 +270,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="so many ways at once are made and compiled, before they are measured in turn")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
+    options.modes = [mode for mode in options.modes if mode != "graphed" or options.device == "cuda"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if not options.tiny:
