@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import multiprocessing.dummy
+import queue
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ report, routing, runner, scoring, search, sets = map(load, ("report", "routing",
 run, spec, study_1, training = map(load, ("run", "spec", "study_1_ranks", "training"))
 Spec = spec.Spec
 QUICK: dict[str, Any] = {"task": "sums", "steps": 12, "batch": 8, "model": "tiny"}
+BRIEF = {**QUICK, "steps": 3}  # where it does not matter how much is learnt
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,14 @@ def place() -> Any:
 
 
 @pytest.fixture(scope="module")
+def untouched(place: Any) -> dict[str, Any]:
+    line: dict[str, Any] = runner.run(Spec("untouched", **QUICK), place)
+    return line
+
+
+@pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of one whole call; its workers are threads here, which spares the imports of a process."""
+    """The file of one whole call; its worker is a thread here, which spares the imports of a process."""
     path = tmp_path_factory.mktemp("experiments") / "results.jsonl"
     run.conduct(options(path), multiprocessing.dummy)
     return path
@@ -52,7 +60,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(path: Path, *words: str) -> Any:
     chosen = run.parsed(["3", "--model", "tiny", "--results", str(path), *words])
     chosen.device, chosen.processes, chosen.compile = "cpu", 1, bool(chosen.compile)
-    chosen.streams = chosen.streams or 1
     return chosen
 
 
@@ -72,11 +79,12 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("method", "plan", "rate"), RUNS, ids=[name for name, _, _ in RUNS])
-def test_every_family_starts_as_the_model_and_learns(method: str, plan: str, rate: float, place: Any) -> None:
+def test_every_family_starts_as_the_model_and_learns(
+    method: str, plan: str, rate: float, place: Any, untouched: dict[str, Any]
+) -> None:
     wanted = Spec(method, plan, lr=rate, **QUICK)
     start = runner.losses(wanted, place, place.prepared(wanted).made, ("test",))
     line = runner.run(wanted, place)
-    untouched = runner.run(Spec("untouched", **QUICK), place)
     assert start["nll"] == pytest.approx(untouched["nll"], abs=2e-5)
     assert line["nll_before"] == untouched["nll"]
     assert "valid_nll" not in line
@@ -146,23 +154,24 @@ def test_step_that_cannot_be_captured_runs_as_it_is(place: Any, monkeypatch: pyt
     program = place.prepared(Spec("sara", "threshold:0.6", lr=0.1, **QUICK))
     seen: list[str] = []
 
-    class Stream:
-        def synchronize(self) -> None:
-            seen.append("waited")
+    class Capture:
+        def __init__(self, *given: Any, **how: Any) -> None:
+            assert (given, how["stream"]) == (("graph",), "the process's")
 
-    class Graph:
-        def capture_begin(self, capture_error_mode: str) -> None:
+        def __enter__(self) -> None:
+            seen.append("waited")  # as torch's does
             assert not gc.isenabled()
-            seen.append(capture_error_mode)
 
-        def capture_end(self) -> None:
+        def __exit__(self, *_: Any) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the process's")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waited again"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
     program._set_rate(0.0)
     program._capture()
-    assert seen == ["waited", "thread_local", "waited"]
+    assert seen == ["waited", "waited again"]
     assert gc.isenabled()
     assert program.graph is None
     assert program.why_eager == "operation not permitted when stream is capturing"
@@ -193,7 +202,7 @@ def compiler() -> Iterator[Compiler]:
 
 
 def test_compiled_chains_compute_what_all_methods_did(place: Any, compiler: Compiler) -> None:
-    specs = [Spec(name, plan, lr=rate, **QUICK) for name, plan, rate in RUNS if name in ("sara", "ia3", "full")]
+    specs = [Spec(name, plan, lr=rate, **BRIEF) for name, plan, rate in RUNS if name in ("sara", "full")]
     plain = [runner.run(one, place) for one in specs]
     place.program, place.key, base = None, (), place.bench.base.config
     assert compiled.why_not() == "not asked for"
@@ -229,11 +238,11 @@ def test_chains_that_cannot_be_trusted_are_not_taken(place: Any, compiler: Compi
     compiler.factor = 1.01
     assert compiled.install(config, device, compiler).startswith("ValueError: The compiled chain 'norm' is off by")
     assert "no such compiler" in compiled.install(config, device, broken)
-    line = runner.run(Spec("sara", "threshold:0.5", lr=0.1, **QUICK), place)
+    line = runner.run(Spec("sara", "threshold:0.5", lr=0.1, **BRIEF), place)
     compiled.remove()
     place.program, place.key = None, ()
     assert line["why_plain"]
-    assert line["losses"] == runner.run(Spec("sara", "threshold:0.5", lr=0.1, **QUICK), place)["losses"]
+    assert line["losses"] == runner.run(Spec("sara", "threshold:0.5", lr=0.1, **BRIEF), place)["losses"]
     place.program, place.key = None, ()
 
 
@@ -248,7 +257,7 @@ def test_inductor_compiles_a_chain(place: Any, compiler: Compiler, tmp_path: Pat
     made_before = metrics.generated_kernel_count
     assert compiled.install(place.bench.base.config, torch.device("cpu"), only=("gated",)) == ""
     assert metrics.generated_kernel_count == made_before + 3  # forward, backward, and without gradients
-    assert runner.run(Spec("lora", "r=2", lr=0.1, **QUICK), place)["why_plain"] == ""
+    assert runner.run(Spec("lora", "r=2", lr=0.1, **BRIEF), place)["why_plain"] == ""
     assert metrics.generated_kernel_count == made_before + 3
     place.program, place.key = None, ()
 
@@ -359,8 +368,6 @@ def test_extra_that_a_line_lacks_is_a_reason_to_run_again(results: Path) -> None
 
 
 def test_no_run_starts_when_the_time_is_over() -> None:
-    import queue
-
     inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
     late = options(Path("nowhere"), "--seconds", "-1")
     for given in ([Spec("sara", "threshold:0.6", lr=0.1, **QUICK)], None):
@@ -369,85 +376,34 @@ def test_no_run_starts_when_the_time_is_over() -> None:
     assert outbox.get() == (Spec("sara", "threshold:0.6", lr=0.1, **QUICK).identity, None)
 
 
-def test_run_that_fails_is_a_line_and_the_next_goes_on() -> None:
-    import queue
-
+def test_run_that_fails_is_a_line_and_those_after_it_are_as_anywhere(place: Any) -> None:
     inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
-    bad, good = Spec("sara", "threshold:7", lr=0.1, **QUICK), Spec("untouched", **QUICK)
-    for given in ([bad], [good], None):
+    bad, good = Spec("sara", "threshold:7", lr=0.1, **BRIEF), [Spec("sara", "threshold:0.6", lr=0.3, **BRIEF)]
+    good += [Spec("lora", "r=2", lr=0.1, seed=seed, **BRIEF) for seed in (0, 1)]
+    for given in ([bad], *([one] for one in good), None):
         inbox.put(given)
     run.work(options(Path("nowhere")), inbox, outbox)
     assert "threshold" in outbox.get()[1]["error"]
-    assert "error" not in outbox.get()[1]
+    there = [without_times(outbox.get()[1]) for _ in good]
+    assert there[::-1] == [without_times(runner.run(one, place)) for one in reversed(good)]  # in another order, after others
+    assert len({line["nll"] for line in there}) == len(good)
 
 
-def made(path: Path, *words: str) -> list[dict[str, Any]]:
-    """The lines of a call without what differs from one to the next: times, and in which thread a run was made."""
-    chosen = options(path, *words)
-    run.conduct(chosen, multiprocessing.dummy)
-    found = run.read(path)
-    for line in found:
-        for name in ("train_s", "total_s", "ms_step", "alone"):
-            line.pop(name, None)
-    return sorted(found, key=lambda line: str(line["id"]))
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("train_s", "total_s")}
 
 
-def test_threads_make_the_lines_that_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = ("sara", "mosara-topk2", "mosara-bottleneck", "pissa", "adalora")
-    specs = [Spec(name, plan, lr=rate, extras=("routing",), **QUICK) for name, plan, rate in RUNS if name in some]
-    specs += [Spec("untouched", **QUICK), Spec("lora", "r=2", lr=0.1, seed=1, extras=("accuracy",), **QUICK)]
-    monkeypatch.setattr(run, "wanted", lambda *_: specs)
-    monkeypatch.setattr(run, "searching", lambda *_: [])
-    alone, beside = made(tmp_path / "1.jsonl"), made(tmp_path / "3.jsonl", "--streams", "3")
-    assert not [line["error"] for line in [*alone, *beside] if "error" in line]
-    assert len(alone) == len(specs)
-    assert alone == beside
-    assert len({line["nll"] for line in alone}) == len(alone)
-    assert {line["alone"] for line in run.read(tmp_path / "1.jsonl")} == {True}
-    assert {line["alone"] for line in run.read(tmp_path / "3.jsonl")} == {False}
-
-
-def test_threads_share_the_model_and_make_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import queue
-    import threading
-    import time
-
-    inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
-    busy, most, names, bases = [0, 0], [0, 0], set(), set()
-    make, train = runner.make, training.Program.train
-
-    def watched(kind: int, function: Any) -> Any:
-        def call(*args: Any) -> Any:
-            busy[kind] += 1
-            most[kind] = max(most[kind], busy[kind])
-            names.add(threading.current_thread().name)
-            time.sleep(0.3 * kind)  # of training, so that threads meet there
-            try:
-                return function(*args)
-            finally:
-                busy[kind] -= 1
-
-        return call
-
-    def noted(given: Any, bench: Any) -> Any:
-        bases.add(id(bench))
-        return make(given, bench)
-
-    monkeypatch.setattr(runner, "make", watched(0, noted))
-    monkeypatch.setattr(training.Program, "train", watched(1, train))
-    for given in (*([Spec("lora", f"r={r}", lr=0.1, **{**QUICK, "steps": 2})] for r in (1, 2, 3)), None, None, None):
-        inbox.put(given)
-    run.work(options(Path("nowhere"), "--streams", "3"), inbox, outbox)
-    assert not [line["error"] for line in (outbox.get()[1] for _ in range(3)) if "error" in line]
-    assert most[0] == 1
-    assert most[1] > 1
-    assert len(names) == 3
-    assert len(bases) == 1
+@pytest.mark.parametrize(("cuda", "wanted"), [(True, ("cuda", 8, True)), (False, ("cpu", 1, False))])
+def test_eight_processes_share_a_gpu(cuda: bool, wanted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["run", "3", "--results", str(tmp_path / "none.jsonl")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(run, "conduct", lambda given: seen.append((given.device, given.processes, given.compile)))
+    run.main()
+    assert seen == [wanted]
 
 
 def test_process_that_lost_its_device_makes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    import queue
-
     specs = [Spec("lora", f"r={r}", lr=0.1, **QUICK) for r in (1, 2, 3)]
     for told, made_on in (("CUDA error: an illegal memory access", False), ("CUDA error: out of memory", True)):
         inbox, outbox = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
@@ -487,7 +443,7 @@ def test_every_spec_of_the_studies_has_a_search_with_four_rates() -> None:
                 assert len(methods.search_specs({pair}, "smollm2")) >= 4, one
 
 
-def test_report_is_made_of_the_lines(results: Path, tmp_path: Path) -> None:
+def test_report_is_made_of_the_lines(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run.read(results)
     report.written(found, "tiny", tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
@@ -499,8 +455,8 @@ def test_report_is_made_of_the_lines(results: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "plots" / "study_8.png").exists()
     assert "Not run: 6 of 6 runs" in text
     changed = [{**line, "nll": line["nll"] + 1.0} if "nll" in line else line for line in found]
-    (tmp_path / "other").mkdir()
-    section = report.section(3, lines.Lines(changed), "tiny", tmp_path / "other")
+    monkeypatch.setattr(module.plots, "grouped", lambda *_: "")
+    section = report.section(3, lines.Lines(changed), "tiny", tmp_path)
     for entry in next(iter(module.groups("tiny").values())):
         assert known.mean(entry.spec).text() not in section
 
@@ -568,35 +524,12 @@ def test_routing_figures_of_a_model(place: Any) -> None:
     assert sum(after["use"]) == pytest.approx(1.0)
     assert len(after["entropy_by_site"]) == 14
     assert set(line["nll_by_task"]) == {"sums", "larger"}
-    uniform = runner.run(Spec("mosara-uniform", "threshold:0.5", lr=1.0, extras=("routing",), **quick), place)
+    uniform = runner.run(Spec("mosara-uniform", "threshold:0.5", lr=1.0, extras=("routing",), **{**quick, "steps": 1}), place)
     assert uniform["routing"] == {}
 
 
-def test_routing_figures_are_of_the_model_that_is_asked(place: Any) -> None:
-    from sarac.ir.terms import observing
-
-    mine, other = (place.bench.adapted("threshold:0.5", "sets=3", "mosara", seed) for seed in (0, 1))
-    task = place.tokens["tasks"]["sums"]
-    ids, bounds = (task["test"][key][:4].long() for key in ("ids", "bounds"))
-    alone = routing.gates_by_row(mine, mine, ids, bounds, task["width"])
-
-    class Both:
-        def model(self, **given: Any) -> None:
-            other.model(**given)  # as another thread would, in the midst
-            mine.model(**given)
-            other.model(**given)
-
-    heard: list[int] = []
-    with observing(lambda shift, gates: heard.append(id(shift))):
-        beside = routing.gates_by_row(mine, Both(), ids, bounds, task["width"])
-    assert len(set(heard)) == 28
-    for one, two in zip(alone, beside, strict=True):
-        assert torch.equal(one, two)
-    assert not torch.equal(alone[0], routing.gates_by_row(other, other, ids, bounds, task["width"])[0])
-
-
 def test_accuracy_of_answers_and_choices(place: Any) -> None:
-    line = runner.run(Spec("lora", "r=2", lr=0.1, extras=("accuracy",), **{**QUICK, "task": "sums+larger"}), place)
+    line = runner.run(Spec("lora", "r=2", lr=0.1, extras=("accuracy",), **{**BRIEF, "task": "sums+larger"}), place)
     assert line["accuracy"]["sums"]["rows"] == line["accuracy"]["larger"]["rows"] == 8
     assert scoring.exact(["so 3+4 = 7\n#### 1,007", "it is 12.", "none"], [["#### 1007"], ["#### 12"], ["5"]]) == [
         True,

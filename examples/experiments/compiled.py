@@ -2,11 +2,10 @@
 
 A step of a small model on a fast GPU is thousands of kernels that each wait for the one before. What sarac and PEFT put into the
 model stays as it is, and the chains compute what they did, up to rounding. `install` proves them on this device first; where one
-cannot be compiled, all stay as they were, and the lines of results say so. Within `chains()` the models of this thread take them:
-generated texts do not, whose lengths would be compiled one by one.
+cannot be compiled, all stay as they were, and the lines of results say so. Within `chains()` the models take them: generated
+texts do not, whose lengths would be compiled one by one.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -54,7 +53,7 @@ FREE: dict[str, tuple[tuple[int, ...], ...]] = {
 }  # fmt: skip
 _taken: dict[str, Chain] = {}  # those that are compiled
 _failed: list[str] = []
-_here = threading.local()
+_within: list[None] = []  # one for every `chains()` that is open
 
 
 def why_not() -> str:
@@ -64,18 +63,18 @@ def why_not() -> str:
 
 @contextmanager
 def chains() -> Iterator[None]:
-    """Let the models of this thread take the compiled chains for a while."""
-    before, _here.on = getattr(_here, "on", False), True
+    """Let the models take the compiled chains for a while."""
+    _within.append(None)
     try:
         yield
     finally:
-        _here.on = before
+        _within.pop()
 
 
 def take(name: str, *args: Any) -> Any:
     """A chain on these arguments: compiled where that is so, as it is written elsewhere."""
     found = _taken.get(name)
-    if found is None or not getattr(_here, "on", False):
+    if found is None or not _within:
         return CHAINS[name](*args)
     for tensor, free in zip(args, FREE[name], strict=False):
         torch._dynamo.maybe_mark_dynamic(tensor, [dim for dim in free if tensor.shape[dim] > 1])
@@ -96,7 +95,6 @@ def install(config: Any, device: torch.device, backend: str = "inductor", only: 
 
     `only`: the chains that are compiled. Rows and lengths may change without another compilation; what trains may not.
     """
-    torch._dynamo.config.error_on_nested_fx_trace = False  # another thread may be tracing: this call runs as it is written
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._inductor.config.compile_threads = 1  # its workers are slower to start than these few kernels to compile
     _failed.clear()
@@ -197,4 +195,4 @@ def _patch() -> None:
 
 
 def _on() -> bool:
-    return bool(_taken) and getattr(_here, "on", False)
+    return bool(_taken and _within)

@@ -24,8 +24,6 @@ def gates_by_row(model: nn.Module, inner: Any, ids: Tensor, bounds: Tensor, widt
     entropies: dict[int, Tensor] = {}
 
     def note(shift: Tensor, gates: Tensor) -> None:
-        if id(shift) not in sites:  # of a model in another thread
-            return
         taken = gates.reshape(*ids.shape, -1).double().gather(1, at.unsqueeze(-1).expand(-1, -1, gates.shape[-1]))
         share = taken / taken.sum(-1, keepdim=True).clamp_min(1e-12)  # top-k's gates do not sum to 1
         means[sites[id(shift)]] = torch.einsum("rt,rts->rs", weights, share)

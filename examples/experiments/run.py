@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import queue
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
@@ -87,46 +86,20 @@ def length(spec: Spec) -> int:
     return max(SETS[name][1] if name in SETS else 32 for name in spec.task.split("+"))
 
 
-class Opened:
-    """The place of a process, opened once when the first run asks for it; each thread gets its own beside it."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.lock, self.first = options, threading.Lock(), None
-
-    def place(self) -> Any:
-        """What a thread makes its runs at."""
-        from experiments.runner import Place
-
-        given = self.options
-        with self.lock:
-            if self.first is None:
-                self.first = Place.open(given.name, given.model, given.tokens, given.device, given.texts, given.compile)
-            return self.first.beside() if given.streams > 1 else self.first
-
-
 def work(options: argparse.Namespace, inbox: Any, outbox: Any) -> None:
-    """A process: its threads make the runs that come, each until it is told that there are none."""
-    opened = Opened(options)
-    beside = [threading.Thread(target=hand, args=(opened, inbox, outbox), daemon=True) for _ in range(options.streams - 1)]
-    for thread in beside:
-        thread.start()
-    hand(opened, inbox, outbox)
-    for thread in beside:
-        thread.join()
+    """A process: make the runs that come, until there are none, the time is over, or the device is lost to this process."""
+    from experiments.runner import Place, run
 
-
-def hand(opened: Opened, inbox: Any, outbox: Any) -> None:
-    """A thread: make the runs that come, until there are none, the time is over, or the device is lost to this process."""
-    from experiments.runner import run
-
-    options, place, lost = opened.options, None, False
+    place, lost = None, False
     while not lost and (given := inbox.get()) is not None:
         for spec in given:
             if lost or time.time() > options.until - (options.kept if spec.kind == "run" else 0):
                 outbox.put((spec.identity, None))
                 continue
             try:
-                place = place or opened.place()
+                place = place or Place.open(
+                    options.name, options.model, options.tokens, options.device, options.texts, options.compile
+                )
                 line = run(spec, place)
             except Exception as error:  # noqa: BLE001 - one run that fails is a line; the others go on
                 told = "".join(traceback.format_exception(error))
@@ -144,17 +117,14 @@ class Crew:
         self.options, self.lines, self.context = options, read(options.results), context
         self.inbox, self.outbox = context.Queue(), context.Queue()
         self.processes: list[Any] = []
-        self.threads = 0  # of all processes
 
-    def run(self, specs: Sequence[Spec], count: int, streams: int) -> None:
-        """Have these made by so many processes of so many threads; returns when all are done, or the time is over."""
+    def run(self, specs: Sequence[Spec], count: int) -> None:
+        """Have these made by so many processes; returns when all are done, or the time is over."""
         todo = missing(specs, self.lines)
-        given = argparse.Namespace(**{**vars(self.options), "streams": streams})
         while todo and len(self.processes) < count:
-            self.processes.append(self.context.Process(target=work, args=(given, self.inbox, self.outbox)))
+            self.processes.append(self.context.Process(target=work, args=(self.options, self.inbox, self.outbox)))
             self.processes[-1].daemon = True
             self.processes[-1].start()
-            self.threads += streams
         for group in groups(todo):
             self.inbox.put(group)
         left, heard = {spec.identity for spec in todo}, time.time()
@@ -191,13 +161,13 @@ class Crew:
 
     def dismiss(self) -> None:
         """Let the processes end."""
-        for _ in range(self.threads):
+        for _ in self.processes:
             self.inbox.put(None)
         for process in self.processes:
             process.join(timeout=20)
             if process.is_alive():
                 process.terminate()  # it holds nothing that is not on disk
-        self.processes, self.threads = [], 0
+        self.processes = []
 
 
 def searching(specs: Sequence[Spec], model: str) -> list[Spec]:
@@ -218,15 +188,15 @@ def conduct(options: argparse.Namespace, context: Any = None) -> None:
     crew = Crew(options, context or multiprocessing.get_context("spawn"))
     untimed, timings = ([spec for spec in specs if (spec.kind == "timing") == alone] for alone in (False, True))
     options.kept = TIMING_S * len(timings) if timings else 0.0
-    many = options.processes, options.streams
-    crew.run(searching(specs, options.name), *many)
+    many = options.processes
+    crew.run(searching(specs, options.name), many)
     for _ in range(FURTHER):
-        crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], *many)
+        crew.run([spec for spec in Search(crew.lines).further() if spec.model == options.name], many)
     ready, waiting = Search(crew.lines).resolved(untimed)
-    crew.run(sorted(ready, key=lambda spec: "accuracy" in spec.extras), *many)  # texts are generated last: they take longest
+    crew.run(sorted(ready, key=lambda spec: "accuracy" in spec.extras), many)  # texts are generated last: they take longest
     crew.dismiss()
     timed, more = Search(crew.lines).resolved(timings)
-    crew.run(timed, 1, 1)
+    crew.run(timed, 1)
     crew.dismiss()
     left = missing([*ready, *timed], crew.lines)
     print(f"{len(crew.lines)} lines in {options.results}; {len(left) + len(waiting) + len(more)} runs are left.")
@@ -253,8 +223,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default="", help="what lines call the model; by default the folder's name")
     parser.add_argument("--tokens", default="", help="the file that experiments.data made; tiny needs none")
     parser.add_argument("--results", type=Path, default=Path("demo-out/experiments/results.jsonl"))
-    parser.add_argument("--processes", type=int, default=0, help="3 on CUDA, 1 on the CPU")
-    parser.add_argument("--streams", type=int, default=0, help="runs of a process at a time: 3 on CUDA, 1 on the CPU")
+    parser.add_argument("--processes", type=int, default=0, help="8 on CUDA, 1 on the CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the chains of all methods; by default on CUDA")
     parser.add_argument("--device", default="")
     parser.add_argument("--seconds", type=float, default=1e9, help="after these no new run starts")
@@ -280,7 +249,7 @@ def main() -> None:
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = options.device == "cuda"
-    options.processes, options.streams = options.processes or (3 if cuda else 1), options.streams or (3 if cuda else 1)
+    options.processes = options.processes or (8 if cuda else 1)
     options.compile = cuda if options.compile is None else options.compile
     os.environ.setdefault("OMP_NUM_THREADS", "2")  # of each process: they share the cores
     if options.model != "tiny" and os.environ.get("SARAC_CACHE") != "off":

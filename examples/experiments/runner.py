@@ -5,9 +5,8 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from experiments.making import make, program_key
 from experiments.methods import METHODS
 from experiments.spec import SEARCH_SEED, Spec
 from experiments.training import CAUSAL, Program, Trainable, mean_nll, order, whole
-from experiments.turns import Turns
 
 TIMED = 20  # steps of a timing, alone on the machine
 PACKAGES = ("torch", "transformers", "peft", "sarac")
@@ -29,11 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "sarac")
 
 @dataclass
 class Place:
-    """Where runs are made: the base model on its device, the tokens, and the program of the last run.
-
-    Threads of a process have a place each (`beside`): they share all but the stream and the program, and make these under one
-    lock, since seeds are global and a capture bears no other. `alone`: whether no other thread allocates on the device.
-    """
+    """Where a process makes its runs, one at a time: the base model on its device, the tokens, the program of the last run."""
 
     name: str
     bench: Bench
@@ -43,14 +37,13 @@ class Place:
     key: tuple[Any, ...] = ()
     program: Program | None = None
     texts: Path | None = None  # where generated texts are appended
-    alone: bool = True
-    stream: Any = None
-    turns: Turns = field(default_factory=Turns)
     starts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the base model scores, by task
 
     @classmethod
     def open(cls, name: str, model: str, tokens: str, device: str, texts: str = "", compiling: bool = False) -> "Place":
         """The model by its folder, or `tiny`; tokens by their file; `compiling`: the chains that every method shares."""
+        if device == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())  # of all that this process does: the default one cannot be captured
         if model == "tiny":
             base, words, made = tiny.model(), tiny.Bytes(), data.prepare_tiny()
         else:
@@ -68,29 +61,7 @@ class Place:
         bench = Bench(base)
         if compiling:
             compiled.install(base.config, torch.device(device))
-        if device == "cuda":
-            torch.cuda.synchronize()  # threads read all of this on streams of their own
-        stream = torch.cuda.Stream() if device == "cuda" else None
-        return cls(name, bench, made, words, about, texts=Path(texts) if texts else None, stream=stream)
-
-    def beside(self) -> "Place":
-        """A place for one of several threads."""
-        self.alone = False
-        return replace(self, key=(), program=None, stream=None if self.stream is None else torch.cuda.Stream())
-
-    def on_stream(self) -> AbstractContextManager[Any]:
-        """Have all work of the device within go to this place's stream."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
-    @contextmanager
-    def making(self) -> Iterator[None]:
-        """Be the only thread that makes something; what was made is there before the next one goes on."""
-        with self.turns.making:
-            try:
-                yield
-            finally:
-                if self.stream is not None:
-                    self.stream.synchronize()
+        return cls(name, bench, made, words, about, texts=Path(texts) if texts else None)
 
     def tasks(self, spec: Spec) -> dict[str, Any]:
         """The sets that a spec trains on, by name."""
@@ -109,14 +80,13 @@ class Place:
         if self.program is None or self.key != key:
             self.program = None
             gc.collect()
-            if torch.cuda.is_initialized() and (self.alone or _scarce()):
+            if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
             tasks = list(self.tasks(spec).values())
             length, width = max(task["length"] for task in tasks), max(task["width"] for task in tasks)
             rows = joined([task["train"] for task in tasks], length, self.words.pad)
             held = self._held(spec)
-            made = make(spec, self.bench)
-            self.program = Program(made, rows, width, spec.batch, len(tasks) > 1, held if self.alone else None)
+            self.program = Program(make(spec, self.bench), rows, width, spec.batch, len(tasks) > 1, held)
             self.key = key
         self.program.reset()
         return self.program
@@ -129,12 +99,6 @@ class Place:
             self.bench.decompose()
             return torch.cuda.memory_allocated()
         return torch.cuda.memory_allocated() + sum(parameter.nbytes for parameter in self.bench.base.parameters())
-
-
-def _scarce() -> bool:
-    """Whether less than half of the device's memory is free: only then is it worth a wait that all threads would share."""
-    free, total = torch.cuda.mem_get_info()
-    return free < total / 2
 
 
 def installed(package: str) -> str:
@@ -163,14 +127,11 @@ def joined(parts: list[Mapping[str, torch.Tensor]], length: int, pad: int) -> di
 def run(spec: Spec, place: Place) -> dict[str, Any]:
     """Make one run; its line."""
     started = time.perf_counter()
-    line = {"id": spec.identity, "spec": asdict(spec), "about": place.about, "alone": place.alone}
-    with place.on_stream():
-        if METHODS[spec.method].family == "untouched":
-            with place.making():
-                made = make(spec, place.bench)
-            found = {"trained": 0, **measured(spec, place, made)}
-        else:
-            found = _trained(spec, place)
+    line = {"id": spec.identity, "spec": asdict(spec), "about": place.about}
+    if METHODS[spec.method].family == "untouched":
+        found = {"trained": 0, **measured(spec, place, make(spec, place.bench))}
+    else:
+        found = _trained(spec, place)
     found["why_plain"] = compiled.why_not()  # of the chains that every method shares; "" where they are compiled
     found |= {} if spec.kind == "timing" else {"total_s": time.perf_counter() - started}
     return {**line, **found}
@@ -178,12 +139,11 @@ def run(spec: Spec, place: Place) -> dict[str, Any]:
 
 def _trained(spec: Spec, place: Place) -> dict[str, Any]:
     """What a run of a method that trains adds to its line."""
-    with place.making():
-        program = place.prepared(spec)
-        made, counts = program.made, [len(task["train"]["ids"]) for task in place.tasks(spec).values()]
-        if "routing" in spec.extras and not program.before:
-            program.before["routing_before"] = _routing(place, made)
-        before = place.start(spec) if spec.kind == "run" else {}
+    program = place.prepared(spec)
+    made, counts = program.made, [len(task["train"]["ids"]) for task in place.tasks(spec).values()]
+    if "routing" in spec.extras and not program.before:
+        program.before["routing_before"] = routing.figures(made.model, made.inner, _routed_tasks(place))
+    before = place.start(spec) if spec.kind == "run" else {}
     line = {"trained": sum(parameter.numel() for parameter in program.params), "plan_about": made.about}
     line |= {"graph": program.graph is not None, "why_eager": program.why_eager, "peak_gib": program.peak}
     if spec.kind == "timing":
@@ -191,8 +151,7 @@ def _trained(spec: Spec, place: Place) -> dict[str, Any]:
         program.train(rows, spec.lr)
         _, seconds = program.train(rows, spec.lr)
         return {**line, "ms_step": 1e3 * seconds / TIMED}
-    with place.turns.computing() if program.graph is None else nullcontext():
-        course, seconds = program.train(order(counts, spec.batch, spec.steps, spec.seed), spec.lr)
+    course, seconds = program.train(order(counts, spec.batch, spec.steps, spec.seed), spec.lr)
     line |= {"losses": [round(loss, 4) for loss in course[:: max(1, spec.steps // 20)]], "last_loss": course[-1]}
     line |= {**before, **program.before, "train_s": seconds, "diverged": not math.isfinite(course[-1])}
     return {**line, **measured(spec, place, made)}
@@ -214,20 +173,14 @@ def losses(spec: Spec, place: Place, made: Trainable, parts: Sequence[str]) -> d
 
 def measured(spec: Spec, place: Place, made: Trainable) -> dict[str, Any]:
     """The losses, for the search those on rows held out of training too; then what the spec asks for beside them."""
-    with place.turns.computing():
-        found = losses(spec, place, made, ("test", "valid") if spec.seed == SEARCH_SEED else ("test",))
+    found = losses(spec, place, made, ("test", "valid") if spec.seed == SEARCH_SEED else ("test",))
     if "routing" in spec.extras:
-        found["routing"] = _routing(place, made)
+        found["routing"] = routing.figures(made.model, made.inner, _routed_tasks(place))
     if "orthogonality" in spec.extras:
         found["orthogonality"] = orthogonality(made.model)
     if "accuracy" in spec.extras:
         found["accuracy"] = accuracies(spec, place, made)
     return found
-
-
-def _routing(place: Place, made: Trainable) -> dict[str, Any]:
-    with place.turns.listening():
-        return routing.figures(made.model, made.inner, _routed_tasks(place))
 
 
 def _routed_tasks(place: Place) -> dict[str, Any]:
@@ -252,18 +205,15 @@ def accuracies(spec: Spec, place: Place, made: Trainable) -> dict[str, Any]:
     tasks = place.tasks(spec)
     for name, task in tasks.items():
         if task["choices"] is not None:
-            with place.turns.computing():
-                right = scoring.weighed(made.model, made.inner, task)
+            right = scoring.weighed(made.model, made.inner, task)
             found[name] = {"choices": sum(right) / len(right), "rows": len(right)}
     generating = {name: task for name, task in tasks.items() if task["new"]}
     if generating:
-        with place.making():
-            model = made.merge()
+        model = made.merge()
         if METHODS[spec.method].family == "peft":  # merging takes the adapters off the model: the next run makes its own
             place.program, place.key = None, ()
         for name, task in generating.items():
-            with place.turns.computing():
-                texts = scoring.generated(model, task, place.words)
+            texts = scoring.generated(model, task, place.words)
             if name != "e2e":
                 right = scoring.exact(texts, task["references"])
                 found[name] = {"exact": sum(right) / len(right), "rows": len(right)}

@@ -133,12 +133,11 @@ def order(counts: list[int], batch: int, steps: int, seed: int) -> Tensor:
 class Program:
     """One trainable model with its optimiser and its captured step; it serves runs of other seeds and rates after a reset.
 
-    All that it does is on the stream that it is made on; wait for it before another thread reads what it made. `held`: bytes on
-    the device that are not the method's; None where other threads allocate too, and no peak can be told.
+    `held`: bytes on the device that are not the method's.
     """
 
     def __init__(
-        self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool, held: int | None = 0
+        self, made: Trainable, rows: Mapping[str, Tensor], width: int, batch: int, balanced: bool, held: int = 0
     ) -> None:
         self.made, self.width, self.balanced = made, width, balanced
         self.params = made.trained
@@ -159,9 +158,8 @@ class Program:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             self._capture()
-            if held is not None:
-                held += sum(tensor.nbytes for tensor in self.first)
-                self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+            held += sum(tensor.nbytes for tensor in self.first)
+            self.peak = (torch.cuda.max_memory_allocated() - held) / 2**30
             self.reset()
 
     def _step(self) -> Tensor:
@@ -176,30 +174,23 @@ class Program:
         return loss.detach()
 
     def _capture(self) -> None:
-        """Three steps at a rate of 0, then one as a graph, on this thread's stream; what cannot be captured runs as it is.
-
-        Other threads' work goes on meanwhile: nothing here waits for it, and a capture sees its own thread's errors alone.
-        """
-        stream = torch.cuda.current_stream()
+        """Three steps at a rate of 0, then one as a graph, all on the process's stream; what cannot be captured runs as it is."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rate of 0 is meant
             for _ in range(TRIED):
                 self._step()
                 self.optimizer.zero_grad(set_to_none=True)
-        stream.synchronize()
         gc.collect()
         graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
-        gc.disable()  # what it finds may belong to another thread, and be destroyed in the midst of this capture
+        gc.disable()  # it may find what the device held for an earlier run, whose destruction ends a capture
         try:
-            # The gradients are None: the capture makes them in its own memory, and every replay writes them anew.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+            # It waits, and gives back what the steps took. The gradients are None: the capture makes them in its own memory,
+            # and every replay writes them anew. The backward runs in a thread of torch's, whose calls are not judged.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self.loss = self._step()
-            finally:
-                graph.capture_end()
             self.graph = graph
         except RuntimeError as error:
-            stream.synchronize()
+            torch.cuda.synchronize()
             self.why_eager = str(error).strip().splitlines()[0][:200]
             self.optimizer.zero_grad(set_to_none=True)
         finally:
@@ -250,4 +241,4 @@ class Program:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.synchronize()
