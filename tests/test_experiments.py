@@ -393,6 +393,40 @@ def without_times(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in ("train_s", "total_s")}
 
 
+class Idle:
+    """A context whose processes are started and do nothing."""
+
+    class Process:
+        started = 0
+
+        def __init__(self, target: Any, args: Any) -> None:
+            self.daemon = False
+
+        def start(self) -> None:
+            Idle.Process.started += 1
+
+        def is_alive(self) -> bool:
+            return False
+
+    Queue = queue.Queue
+
+
+@pytest.mark.parametrize(("count", "dealt"), [(1, [3, 2, 1]), (2, [3, 2, 1]), (3, [2, 2, 1, 1]), (8, [1] * 6)])
+def test_runs_of_one_program_go_to_one_process_where_there_are_enough(
+    count: int, dealt: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Idle.Process, "started", 0)
+    specs = [Spec("sara", "threshold:0.6", lr=0.1, seed=seed, **QUICK) for seed in range(5)]
+    specs.insert(1, Spec("ia3", lr=0.1, **QUICK))
+    crew = run.Crew(options(tmp_path / "none.jsonl"), Idle)
+    crew.run(specs, count)
+    groups = [crew.inbox.get_nowait() for _ in range(crew.inbox.qsize())]
+    assert sorted(map(len, groups), reverse=True) == dealt
+    assert [group[0] for group in groups][:2] == specs[:2] if dealt[0] > 1 else groups == [[one] for one in specs]
+    assert {one.identity for group in groups for one in group} == {one.identity for one in specs}
+    assert Idle.Process.started == count
+
+
 @pytest.mark.parametrize(("cuda", "wanted"), [(True, ("cuda", 8, True)), (False, ("cpu", 1, False))])
 def test_eight_processes_share_a_gpu(cuda: bool, wanted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []

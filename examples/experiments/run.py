@@ -34,7 +34,7 @@ FILES = {
 }  # fmt: skip
 SILENT = 120.0  # seconds after which a process that died is not waited for
 TIMING_S = 5.0  # of the time are kept for each timing
-TOGETHER = 4  # runs of one program that a process takes at a time
+TOGETHER = 3  # runs of one program that a process takes at a time, at most
 # What a step of 16 x 256 tokens and what goes around a run take of an H200 that six processes share, for the estimate: of the
 # committed lines' call 95 runs of 60 steps took 320 s, and 13 of 120 steps 67 s.
 STEP_S, RUN_S = 0.033, 1.3
@@ -63,13 +63,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def groups(specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Runs that can share a program together, at their first one's place."""
+def groups(specs: Sequence[Spec], size: int = TOGETHER) -> list[list[Spec]]:
+    """Runs that can share a program, up to so many together, at their first one's place."""
     found: dict[tuple[Any, ...], list[list[Spec]]] = {}
     ordered: list[list[Spec]] = []
     for spec in specs:
         mine = found.setdefault(program_key(spec), [])
-        if not mine or len(mine[-1]) >= TOGETHER:
+        if not mine or len(mine[-1]) >= size:
             mine.append([])
             ordered.append(mine[-1])
         mine[-1].append(spec)
@@ -125,7 +125,8 @@ class Crew:
             self.processes.append(self.context.Process(target=work, args=(self.options, self.inbox, self.outbox)))
             self.processes[-1].daemon = True
             self.processes[-1].start()
-        for group in groups(todo):
+        # Few runs are dealt out in smaller groups: to make a program twice is better than a process that has nothing to do.
+        for group in groups(todo, max(1, min(TOGETHER, len(todo) // count))):
             self.inbox.put(group)
         left, heard = {spec.identity for spec in todo}, time.time()
         while left and any(process.is_alive() for process in self.processes):
