@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sarac.ir import fused
 from sarac.ir.siblings import Siblings
@@ -42,29 +41,29 @@ def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
 
 
 def lain(matrix: Tensor) -> Tensor:
-    """A matrix (k, …), copied where a GPU's products would be slow with it: what lies together is no whole 16 bytes apart."""
-    if not matrix.is_cuda or max(matrix.stride()) * matrix.element_size() % 16 == 0:
-        return matrix
-    wide = 16 // matrix.element_size()
-    if _turned(matrix):
-        return pad(matrix.mT, (0, -len(matrix) % wide)).mT[: len(matrix)]
-    return pad(matrix, (0, -matrix.shape[1] % wide))[:, : matrix.shape[1]]
+    """A matrix (k, …), copied where a GPU's products would be slow with it: its rows are no whole 16 bytes apart.
+
+    A copy of columns a whole number of bytes apart would not do: it is k that products look at, wherever it lies together.
+    """
+    if matrix.is_cuda and max(matrix.stride()) * matrix.element_size() % 16:
+        found = fused.turned(matrix.mT, None) if _turned(matrix) and not differentiable() else None
+        return matrix.contiguous() if found is None else found
+    return matrix
 
 
 def times(matrix: Tensor, values: Tensor) -> Tensor:
-    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; it lies as a product takes it."""
+    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; its rows lie together."""
+    if not differentiable() and _turned(matrix):
+        found = fused.turned(matrix.mT, values)
+        if found is not None:
+            return found
     if differentiable() or torch.compiler.is_compiling():
         return (matrix * values.unsqueeze(-1)).to(matrix.dtype).contiguous()
-    if matrix.is_cuda and _turned(matrix):
-        wide = 16 // matrix.element_size()
-        made = matrix.new_empty(matrix.shape[1], -(-len(matrix) // wide) * wide)[:, : len(matrix)].mT
-    else:
-        made = matrix.new_empty(matrix.shape)
-    return torch.mul(matrix, values.unsqueeze(-1), out=made)  # nothing wider is written in between
+    return torch.mul(matrix, values.unsqueeze(-1), out=matrix.new_empty(matrix.shape))  # nothing wider is written in between
 
 
 def _turned(matrix: Tensor) -> bool:
-    """Whether columns lie together: a GPU takes three times as long for a copy in which rows do."""
+    """Whether columns lie together: what a compiler may leave so, as it takes no copy for its order, and what is slow to copy."""
     return matrix.stride(0) == 1 and matrix.stride(1) != 1
 
 

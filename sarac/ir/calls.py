@@ -84,7 +84,7 @@ def _choices(
     if schedule == TWO_SIDED or (schedule == PINNED and compiling):
         return _TWO_SIDED
     if schedule in (AUTO, PINNED):
-        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes, biased)
+        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes, biased, compiling)
     else:
         served = schedule in (ROUTED if routes else SCHEDULES) and not (biased and schedule == "left")
         choices = ((LARGEST, schedule if served else TWO_SIDED),)

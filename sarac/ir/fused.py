@@ -1,32 +1,39 @@
 """One kernel for a chain of steps where Triton runs; None elsewhere, where torch's own operations serve.
 
-In a compiled graph each is an operator of its own, which the compiler leaves as it is.
+In a compiled graph the kernels are the compiler's to launch, which costs no Python; `mend`, which writes to what it is given, and
+which torch's operations can do as well, is an operator that the compiler leaves as it is.
 """
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 _TOKENS, _RANKS = 32, 128  # tokens and directions of a block of the routed kernels: few steps, and all processors at work
 _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
+_SIDE = 64  # of a square that is turned
 _SETS = 16  # above it torch's own products are the better way
 
 Some = Tensor | None
 Long = tuple[Tensor, Tensor, Tensor]
 Mixed = tuple[Tensor, Tensor]  # h ⊙ (mᵀ g), scores
 Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
+Launch = Callable[[str, tuple[Any, ...], tuple[Tensor, ...], tuple[Any, ...], tuple[Any, ...]], None]
 
 
 def mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed | None:
     """h ⊙ (mᵀ g) in h's dtype and the scores (sets, tokens), from h (k, tokens), R and m (sets, k)."""
     if not _fits(h, router, shift):
         return None
-    found: Mixed = (_mixed_in_graph if torch.compiler.is_compiling() else _mixed)(h, router, shift, kind)
-    return found
+    if torch.compiler.is_compiling():
+        found: Mixed = _mixed_in_graph(h, router, shift, kind)
+        return found
+    return _mixed(h, router, shift, kind, _launch)
 
 
 def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back | None:
@@ -34,8 +41,10 @@ def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tenso
     compiling = torch.compiler.is_compiling()
     if dmixed.dtype != h.dtype or (torch.is_grad_enabled() and not compiling) or not _fits(h, router, shift):
         return None
-    found: Back = (_back_in_graph if compiling else _back)(dmixed, h, scores, shift, router, kind)
-    return found
+    if compiling:
+        found: Back = _back_in_graph(dmixed, h, scores, shift, router, kind)
+        return found
+    return _back(dmixed, h, scores, shift, router, kind, _launch)
 
 
 def sums(g: Tensor, h: Tensor, shift: Some, long: Long | None, near: float) -> Some:
@@ -46,7 +55,20 @@ def sums(g: Tensor, h: Tensor, shift: Some, long: Long | None, near: float) -> S
     if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
         return None
     x, v, scale = (None, None, None) if long is None else long
-    return (_sums_in_graph if torch.compiler.is_compiling() else _sums)(g, h, shift, x, v, scale, near)
+    if torch.compiler.is_compiling():
+        found: Tensor = _sums_in_graph(g, h, shift, x, v, scale, near)
+        return found
+    return _sums(g, h, shift, x, v, scale, near, _launch)
+
+
+def turned(u: Tensor, values: Some) -> Some:
+    """diag(values) Uᵀ (k, out) in U's dtype, or Uᵀ, from U (out, k); each row lies together."""
+    if not (u.dtype in (torch.float32, torch.bfloat16) and u.stride(1) == 1 and _runs(u)):
+        return None
+    if torch.compiler.is_compiling():
+        found: Tensor = _turned_in_graph(u, values)
+        return found
+    return _turned(u, values, _launch)
 
 
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
@@ -54,39 +76,42 @@ def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: fl
     (_mend_in_graph if torch.compiler.is_compiling() else _mend)(h, x, v, scale, shift, near)
 
 
-def _sums(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float) -> Tensor:
+def _sums(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float, launch: Launch) -> Tensor:
     rank, tokens = h.shape
     pieces = -(-tokens // _LENGTH)
     out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
     strides = (0, 0, 0, 0, 0) if x is None or v is None else (*x.stride(), *v.stride(), x.shape[1])
     tensors = (g, h, *(out if one is None else one for one in (shift, x, v, scale)), out)
     numbers = (tokens, g.stride(0), h.stride(0), *strides, near)
-    _launch("sums", (rank, pieces, 1), tensors, numbers, (shift is not None, x is not None, _LENGTH, _WIDTH))
+    launch("sums", (rank, pieces, 1), tensors, numbers, (shift is not None, x is not None, _LENGTH, _WIDTH))
     return out.view(rank) if pieces == 1 else out.sum(0)
 
 
-def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed:
+def _turned(u: Tensor, values: Some, launch: Launch) -> Tensor:
+    height, rank = u.shape
+    out = torch.empty((rank, height), device=u.device, dtype=u.dtype)
+    grid = (-(-height // _SIDE), -(-rank // _SIDE), 1)
+    launch("turned", grid, (u, out if values is None else values, out), (height, rank, u.stride(0)), (values is not None, _SIDE))
+    return out
+
+
+def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str, launch: Launch) -> Mixed:
     (rank, tokens), sets = h.shape, len(router)
     done = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
     scores = torch.empty((sets, tokens), device=h.device, dtype=torch.float32)
     tensors = (h, router.contiguous(), shift.contiguous(), done, scores)
-    _launch("forward", (-(-tokens // _TOKENS), 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
+    launch("forward", (-(-tokens // _TOKENS), 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
     return done, scores
 
 
-def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
+def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str, launch: Launch) -> Back:
     (rank, tokens), sets, blocks = h.shape, len(router), -(-h.shape[1] // _TOKENS)
     dh = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
     shares = torch.empty((blocks, 2, sets, rank), device=h.device, dtype=torch.float32)
     tensors = (dmixed.contiguous(), h, scores, router.contiguous(), shift.contiguous(), dh, shares)
-    _launch("backward", (blocks, 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
+    launch("backward", (blocks, 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
     dshift, drouter = shares.sum(0)
     return dh, dshift, drouter
-
-
-def _apart(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
-    dh, dshift, drouter = _back(dmixed, h, scores, shift, router, kind)
-    return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
 
 
 def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
@@ -128,25 +153,36 @@ def _launch(
 
 _compiled: dict[Any, Any] = {}
 _MOST = 4096
-_mixed_in_graph = torch.library.custom_op("sarac::mixed", _mixed, mutates_args=())
-_back_in_graph = torch.library.custom_op("sarac::routed_back", _apart, mutates_args=())
-_sums_in_graph = torch.library.custom_op("sarac::sums", _sums, mutates_args=())
+
+
+def _traced(
+    name: str, grid: tuple[Any, ...], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], how: tuple[Any, ...]
+) -> None:
+    wrap_triton(getattr(_kernels(), name))[grid](*tensors, *numbers, *how)
+
+
+def _traced_mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return _mixed(h, router, shift, kind, _traced)
+
+
+def _traced_back(
+    dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, dshift, drouter = _back(dmixed, h, scores, shift, router, kind, _traced)
+    return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
+
+
+def _traced_sums(
+    g: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, v: Tensor | None, scale: Tensor | None, near: float
+) -> Tensor:
+    return _sums(g, h, shift, x, v, scale, near, _traced)
+
+
+def _traced_turned(u: Tensor, values: Tensor | None) -> Tensor:
+    return _turned(u, values, _traced)
+
+
 _mend_in_graph = torch.library.custom_op("sarac::mend", _mend, mutates_args=("h",))
-
-
-@_mixed_in_graph.register_fake
-def _(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed:
-    return h.new_empty(h.shape), h.new_empty(len(router), h.shape[1], dtype=torch.float32)
-
-
-@_back_in_graph.register_fake
-def _(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back:
-    return h.new_empty(h.shape), shift.new_empty(shift.shape), router.new_empty(router.shape)
-
-
-@_sums_in_graph.register_fake
-def _(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float) -> Tensor:
-    return h.new_empty(len(h), dtype=torch.float32)
 
 
 @_mend_in_graph.register_fake
@@ -173,3 +209,14 @@ def _kernels() -> Any:
 
 _THERE = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _operator(name: str, function: Any) -> Any:
+    """A function as an operator of compiled graphs; torch looks for its kernels, which takes Triton."""
+    return triton_op(name, function, mutates_args={}) if _THERE else function
+
+
+_mixed_in_graph = _operator("sarac::mixed", _traced_mixed)
+_back_in_graph = _operator("sarac::routed_back", _traced_back)
+_sums_in_graph = _operator("sarac::sums", _traced_sums)
+_turned_in_graph = _operator("sarac::turned", _traced_turned)

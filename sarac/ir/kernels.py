@@ -101,6 +101,20 @@ def backward(
 
 
 @triton.jit
+def turned(
+    u, values, out, height, rank, pitch, scaled: tl.constexpr, side: tl.constexpr
+):  # fmt: skip
+    """diag(values) Uᵀ (rank, height) from U (height, rank), a square at a time: what is read and what is written lie together."""
+    row = (tl.program_id(0) * side + tl.arange(0, side)).to(tl.int64)
+    column = (tl.program_id(1) * side + tl.arange(0, side)).to(tl.int64)
+    block = tl.load(u + row[:, None] * pitch + column[None, :], (row < height)[:, None] & (column < rank)[None, :], 0.0)
+    if scaled:
+        block = block.to(tl.float32) * tl.load(values + column, column < rank, 0.0).to(tl.float32)[None, :]
+    place = out + column[:, None] * height + row[None, :]
+    tl.store(place, tl.trans(block).to(out.dtype.element_ty), (column < rank)[:, None] & (row < height)[None, :])
+
+
+@triton.jit
 def _long(x, v, row, token, tokens, inner, x0, x1, v0, v1, rows: tl.constexpr, width: tl.constexpr):
     """V x in one row of a block of tokens, from x (tokens, inner) and V (rank, inner)."""
     total = tl.zeros((rows,), tl.float32)

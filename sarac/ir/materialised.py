@@ -54,7 +54,7 @@ class Materialised(torch.autograd.Function):
             if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
             elif not _tall(weight) or dx is None or differentiable():
-                dshift = sums(times(u.mT, scale) @ rows(dy).mT, h)
+                dshift = sums(lain(u.mT) @ rows(dy).mT, h) * scale
             else:
                 dshift = sums(projected(dx, v), h, shift, (rows(dy), u.mT, scale))
         if dh is not None and again():

@@ -87,6 +87,12 @@ def test_weight_that_is_more_than_half_an_input_is_not_kept() -> None:
     assert few.kept("rebuilt") == few.kept("right") == 3000 * 300 * 2
 
 
+def test_compiled_call_may_keep_more() -> None:
+    edge = Call(10000, 4096, 4096, 300)
+    assert edge.best(FAST) != replace(edge, compiled=True).best(FAST) == "materialised"
+    assert replace(edge, tokens=3000, compiled=True).best(FAST) != "materialised"
+
+
 def test_launches_and_bytes_count() -> None:
     call, slow = Call(64, 256, 256, 16), Rates(1e-3, 1e9, ((1, 1e12),), ((1, 1e12),))
     assert call.seconds("rebuilt", slow) == pytest.approx(call.seconds("materialised", slow) + 3e-3, rel=0.1)  # kernels more

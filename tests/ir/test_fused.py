@@ -120,3 +120,20 @@ def test_sums_take_the_long_way_where_nothing_divides() -> None:
     near = (1 + shift).abs() < NEAR
     torch.testing.assert_close(found.double(), torch.where(near, long, plain), rtol=1e-4, atol=1e-2)
     differ(found[near], fused.sums(g, h, shift, None, NEAR)[near])
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "rank"), [(1, 1), (70, 33), (64, 128), (300, 65)])
+def test_a_matrix_is_turned(height: int, rank: int, dtype: torch.dtype) -> None:
+    u, values = random(height, rank + 2, dtype=dtype)[:, :rank], random(rank)
+    plain, scaled = fused.turned(u, None), fused.turned(u, values)
+    assert plain is not None
+    assert scaled is not None
+    assert [plain.is_contiguous(), scaled.is_contiguous()] == [True, True]
+    assert torch.equal(plain, u.mT)
+    expected = u.mT.double() * values.double().unsqueeze(-1)
+    error = float((scaled.double() - expected).norm() / expected.norm())
+    assert error <= torch.finfo(dtype).eps  # Triton's interpreter cuts where a GPU rounds
+    differ(scaled, plain)
