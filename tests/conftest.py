@@ -16,7 +16,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from once import share_tables
 
+share_tables()
 # Workers share the cores; and a sum over two threads has other last bits than a sum over one.
 torch.set_num_threads(1)
 
