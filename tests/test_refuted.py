@@ -398,7 +398,7 @@ def test_module_at_two_places_comes_back_from_its_file(tmp_path) -> None:
 def stepping(tmp_path_factory: pytest.TempPathFactory) -> sarac.Runtime:
     """A Llama that generates, with its adapters open."""
     path = tmp_path_factory.mktemp("step") / "step.onnx"
-    sarac.export(sarac.transform(llama()), path, task="generate", swappable=True)
+    sarac.export(sarac.transform(llama(1)), path, task="generate", swappable=True)
     return sarac.Runtime(path)
 
 
@@ -481,7 +481,7 @@ def test_fold_onnx_takes_a_model_with_batch_norm(tmp_path) -> None:
 
 
 def test_free_sizes_are_those_asked_for(tmp_path) -> None:
-    model, net, x = llama().eval(), nn.Sequential(nn.Linear(6, 5)).eval(), torch.randn(4, 6)
+    model, net, x = llama(1).eval(), nn.Sequential(nn.Linear(6, 5)).eval(), torch.randn(4, 6)
     sarac.export(model, tmp_path / "m.onnx", dynamic="input_ids[rows,words] attention_mask[rows,words]")
     assert sarac.Runtime(tmp_path / "m.onnx").shapes["attention_mask"] == ("rows", "words")
     with pytest.raises(sarac.ExportError, match="names no sizes of attention_mask, which are fixed so: name them as well"):

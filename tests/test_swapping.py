@@ -14,6 +14,7 @@ from sarac.backends.adapter_file import read_adapter
 from sarac.backends.onnx_file import node_counts
 from sarac.cli import app
 from sarac.ir.errors import CheckFailed, CheckpointError, ExportError, InputError
+from sarac.recipe import from_factory
 
 
 class Picture(nn.Module):
@@ -58,8 +59,8 @@ def first(found: dict[str, Tensor]) -> Tensor:
     return next(iter(found.values()))
 
 
-@pytest.mark.parametrize("method", ["sara", "mosara"])
-@pytest.mark.parametrize("name", MODELS)
+# Llama's graph with a shift alone is that of test_generating, row by row too.
+@pytest.mark.parametrize(("name", "method"), [*((name, "mosara") for name in MODELS), ("mlp", "sara"), ("picture", "sara")])
 def test_adapters_swap_in_one_at_a_time_and_row_by_row(name: str, method: str, tmp_path: Path) -> None:
     make, inputs = MODELS[name]
     base = make().eval()
@@ -255,13 +256,13 @@ def test_what_cannot_be_swapped_is_refused_and_leaves_nothing(tmp_path: Path) ->
 
 
 def test_a_swap_on_the_command_line(tmp_path: Path) -> None:
-    model = shake(adapt(llama(1).eval()))
-    sarac.save(model, tmp_path / "m.pt", example_inputs=ids())
+    model, given = shake(adapt(from_factory("zoo:small", {}))), ["--model", "zoo:small"]
+    sarac.save(model, tmp_path / "m.pt", example_inputs=torch.randn(2, 6))
     for word, kind in (("--swappable", "whole"), ("--swappable=rowwise", "rowwise")):
-        done = CliRunner().invoke(app, ["export", word, str(tmp_path / "m.pt"), str(tmp_path / "m.onnx"), "--json"])
+        done = CliRunner().invoke(app, ["export", word, str(tmp_path / "m.pt"), str(tmp_path / "m.onnx"), "--json", *given])
         assert done.exit_code == 0
         assert f'"swappable": "{kind}"' in done.output
-    done = CliRunner().invoke(app, ["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.onnx_adapter")])
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.onnx_adapter"), *given])
     assert done.exit_code == 0
     assert "an ONNX Runtime adapter" in done.output
     found, _, version = read_adapter(tmp_path / "m.onnx_adapter")

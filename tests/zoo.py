@@ -209,6 +209,11 @@ def mlp(*widths: int, between: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequenti
     return nn.Sequential(*list(layers())[:-1])
 
 
+def small() -> nn.Module:
+    """A factory of the least that has layers."""
+    return mlp(6, 8, 5).eval()
+
+
 def ids(rows: int = 2, columns: int = 5) -> Tensor:
     return torch.randint(0, VOCABULARY, (rows, columns))
 
