@@ -52,7 +52,11 @@ def initializers(path: Path) -> dict[str, Any]:
 
 FORMS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "llama, repeated and fused": (lambda: llama(5), IDS, {"optimize": "ort"}),
-    "gpt2 for CUDA, in half": (gpt2, IDS, {"dtype": "fp16", "optimize": "ort", "external_data": "always"}),
+    "gpt2 for CUDA, in half": (
+        lambda: gpt2(1),
+        IDS,
+        {"dtype": "fp16", "optimize": "ort", "external_data": "always", "dynamic": "static"},
+    ),
     "mlp in half but for its end": (lambda: mlp(6, 9, 5), torch.randn(3, 6), {"dtype": "fp16", "keep_float32": ["2"]}),
     "mlp": (lambda: mlp(6, 9, 5), torch.randn(3, 6), {"optimize": "none"}),
 }

@@ -95,8 +95,8 @@ class Case(NamedTuple):
 
 CASES = {
     "llama": Case(llama, lambda: text(1), "model.layers.1.mlp.up_proj.weight", {"input_ids": 2, "attention_mask": 2}),
-    "bert": Case(bert, lambda: text(2), "encoder.layer.0.output.dense.bias", {"input_ids": 2, "attention_mask": 2}),
-    "gpt2": Case(gpt2, lambda: (ids(2, 6),), "transformer.h.0.attn.c_attn.weight", {"input_ids": 2}),
+    "bert": Case(lambda: bert(1), lambda: text(2), "encoder.layer.0.output.dense.bias", {"input_ids": 2, "attention_mask": 2}),
+    "gpt2": Case(lambda: gpt2(1), lambda: (ids(2, 6),), "transformer.h.0.attn.c_attn.weight", {"input_ids": 2}),
     "tied": Case(lambda: TiedHead(16), lambda: ids(1, 6), "embed.weight", {"ids": 2}),
     "normed": Case(Normed, lambda: torch.randn(1, 8), "layers.0.weight", {"x": 1}),
     "mlp": Case(lambda: mlp(8, 6, 4), lambda: torch.randn(2, 3, 8), "2.bias", {"input": 2}),
