@@ -3,7 +3,6 @@
 import gc
 import inspect
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ import sarac
 
 
 @pytest.fixture(autouse=True, scope="module")
-def frozen() -> Iterator[None]:
+def frozen() -> None:
     """accelerate collects garbage at every step of its life, which among all that tests have imported takes half a second."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
