@@ -51,7 +51,7 @@ def initializers(path: Path) -> dict[str, Any]:
 
 
 FORMS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
-    "llama, repeated and fused": (lambda: llama(5), IDS, {"optimize": "ort"}),
+    "llama, repeated and fused": (lambda: llama(5), IDS, {"optimize": "ort", "dynamic": "static"}),
     "gpt2 for CUDA, in half": (
         lambda: gpt2(1),
         IDS,

@@ -140,7 +140,7 @@ def require_numbers(path: Path, model: nn.Module, inputs: Inputs) -> None:
 def test_repeating_gives_the_graph_of_the_whole(
     name: str, optimize: str, sizes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Llama with fixed sizes, which are a third of the work: test_onnx_fold has it with free ones."""
+    """Llama with fixed sizes, which are a third of the work: above BERT has free ones here, and Llama in test_attention."""
     build, inputs, said = MODELS[name]
     torch.manual_seed(0)
     model, form = build().eval(), Onnx(optimize=optimize, provider="cuda", dynamic=sizes)
