@@ -12,8 +12,8 @@ bits, 60 steps of 8 x 256 tokens of the Python language reference, AdamW, one se
     factors at 0.01, random    10.42    8.78            8.69    8.96            9.34
 At their own best rates δ and λ learn the same. δ is kept because its rate does not move with the scale of the weights (λ's best
 is ten times δ's here). On the answers of GSM8K, with warm-up and a fall to 0, the best rates are δ's 3e-2 (0.022 nll below 1e-2),
-1e-2 for factors from the SVD (0.038 below 3e-3) and 3e-2 for random ones (0.038 below 1e-2, and 1e-1 ruins them); at 3e-2 the
-pilot's text loses more (0.075), so that the rates below stay between (examples/experiments/RESULTS.md, 7).
+1e-2 for factors from the SVD (0.038 below 3e-3) and 3e-2 for random ones (0.038 below 1e-2, and 1e-1 ruins them); on the pilot's
+text those cost more or as much (0.075, 0.034), so that its rates stay (examples/experiments/RESULTS.md, 7).
 """
 
 from __future__ import annotations

@@ -173,7 +173,8 @@ class Work(NamedTuple):
             spent.append((time.perf_counter() - started) / block)
         seconds = statistics.median(spent)
         trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        gib = torch.cuda.max_memory_allocated() / 2**30 if ids.is_cuda else None
+        # A replay allocates nothing: what it works in belongs to its graph.
+        gib = torch.cuda.max_memory_allocated() / 2**30 if ids.is_cuda and self.mode != "graphed" else None
         row = {"ms": 1e3 * seconds, "busy ms": busy(step) if ids.is_cuda else None, "GiB": gib, "tokens/s": ids.numel() / seconds}
         return {"model": self.model, "way": self.way, "mode": self.mode, "trains": trains, **row}
 
