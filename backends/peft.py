@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
 from sarac.backends import lora
 from sarac.backends.lora import Pair
@@ -45,15 +43,15 @@ class _Kind:
         return TRANSPOSED if self.transposed else kernel(dims)
 
 
-_KINDS = (_Kind((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)), _Kind((Conv1D, nn.Embedding), transposed=True))
 # PEFT swaps the child, and these read its weight themselves: in eval mode they would compute the base, in silence.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# The classes for which PEFT has a model of its own that adds no trained module (a classifier's would have to be in the folder).
-_TASKS: dict[str, Mapping[str, Any]] = {
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
-}
+
+
+def _conv1d() -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    found: type[nn.Module] = Conv1D
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def save(model: nn.Module, folder: str | Path, *, layout: str = "padded", max_ra
         "alpha_pattern": own,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in pairs),
+        "fan_in_fan_out": all(isinstance(model.get_submodule(path), _conv1d()) for path in pairs),
         "target_modules": _targets(model, pairs),
         "inference_mode": True,
     }
@@ -175,7 +173,8 @@ def _kind(model: nn.Module, places: list[str], module: nn.Module, slot: Slot) ->
             f"{slot.site} is routed: its change depends on the input, and a LoRA's does not. Export the routed subgraph, or "
             'fold with routing="mean".'
         )
-    kind = next((kind for kind in _KINDS if isinstance(module, kind.modules)), None)
+    known = _Kind((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)), _Kind((_conv1d(), nn.Embedding), transposed=True)
+    kind = next((kind for kind in known if isinstance(module, kind.modules)), None)
     parent = model.get_submodule(places[0].rpartition(".")[0])
     reason = ""
     if slot.param != "weight" or kind is None:
@@ -258,8 +257,16 @@ def _targets(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str] | str:
 
 
 def _task(model: nn.Module) -> str | None:
+    from transformers.models.auto import modeling_auto  # a second, which no import of sarac is to take
+
+    # PEFT has a model of its own for these that adds no trained module: a classifier's would have to be in the folder.
+    tasks: dict[str, Mapping[str, Any]] = {
+        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
+    }
     name = type(model).__name__
-    for task, known in _TASKS.items():
+    for task, known in tasks.items():
         if any(name in ([classes] if isinstance(classes, str) else classes) for classes in known.values()):
             return task
     return None

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.ir.adapters import PARAMETRISATION
 from sarac.ir.errors import CheckpointError
 from sarac.ir.layers import adapted
 from sarac.ir.layout import dense
 from sarac.ir.plan import Plan
+from sarac.ir.sharded import is_sharded
 from sarac.ir.weight import settle
 
 FORMAT = 1
@@ -158,12 +158,12 @@ def read_adapter(path: str | Path) -> SavedAdapter:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, which every process must take part in; any other as it is."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
 
 
 def writes(model: nn.Module) -> bool:
     """Whether this process writes the files of `model`: where it is sharded all gather, and the first one writes."""
-    return not any(isinstance(parameter, DTensor) for parameter in model.parameters()) or dist.get_rank() == 0
+    return not any(is_sharded(parameter) for parameter in model.parameters()) or dist.get_rank() == 0
 
 
 def tensors_of(model: nn.Module) -> Adapters:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from sarac.ir.errors import CheckpointError
+from sarac.ir.sharded import fsdp_class
 
 ATTRIBUTE = "_sarac_recipe"
 
@@ -42,7 +42,8 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
 def _own_class(model: nn.Module) -> type:
     """The class of a model, which fully_shard hides behind one of its own."""
     line = type(model).__mro__
-    return line[line.index(FSDPModule) + 1] if FSDPModule in line else line[0]
+    sharding = fsdp_class()
+    return line[line.index(sharding) + 1] if sharding in line else line[0]
 
 
 def rebuild(recipe: Mapping[str, Any], model: nn.Module | str | None = None) -> nn.Module:

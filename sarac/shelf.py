@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.checkpoint import Adapters, tensors_of, whole
 from sarac.ir.adapters import Adapter
@@ -18,6 +17,7 @@ from sarac.ir.layers import adapted
 from sarac.ir.methods import describe
 from sarac.ir.plan import Plan
 from sarac.ir.record import Frozen, Record, Shelf, Shelved, record_of, require_whole, shelf_of
+from sarac.ir.sharded import is_sharded
 from sarac.ir.weight import settle
 
 
@@ -143,7 +143,7 @@ def _taken(model: nn.Module, shelf: Shelf) -> Shelved:
 
 def _make_live(model: nn.Module, shelf: Shelf, name: str, incoming: Shelved) -> None:
     record, live = _record(model), tensors_of(model)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         raise RewriteError("The adapters of a sharded model cannot be exchanged: load the adapter before the model is sharded.")
     with torch.no_grad():
         if incoming.frozen is not shelf.live:

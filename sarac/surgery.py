@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.folders import Folder
 from sarac.ir import check
@@ -22,6 +21,7 @@ from sarac.ir.layers import adapted, evaluating
 from sarac.ir.pipeline import run
 from sarac.ir.plan import Plan
 from sarac.ir.record import keep_inputs, record_of
+from sarac.ir.sharded import is_sharded
 from sarac.ir.spectrum import require_share
 from sarac.passes.analyze import Analyze
 from sarac.passes.choose import Choose, Where, chosen_sites, given_plan
@@ -195,7 +195,7 @@ def _trained_whole(model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
     record = record_of(model)
     names = record.plan.also_train if record else ()
     originals = record.originals if record else {}
-    lost = [name for name in names if name not in originals or isinstance(model.get_parameter(name), DTensor)]
+    lost = [name for name in names if name not in originals or is_sharded(model.get_parameter(name))]
     if lost:
         _warn(f"The base values of {lost[0]} ({len(lost)} parameters) are not at hand: they stay as they were trained.")
     return {name: (model.get_parameter(name), originals[name]) for name in names if name not in lost}

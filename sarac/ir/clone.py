@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from sarac.ir.errors import RewriteError
+from sarac.ir.sharded import is_sharded
 
 
 def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(), inplace: bool = False) -> nn.Module:
@@ -56,7 +56,7 @@ def clone(module: nn.Module, *, frozen: bool, own: frozenset[str] = frozenset(),
 def _require_whole_tensors(module: nn.Module) -> None:
     """A shard is no weight: adapters on it would be neither sharded nor kept alike, and a fold would lose its group."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
+        if is_sharded(parameter):
             raise RewriteError(
                 f"{name} of this {type(module).__name__} is sharded: transform a model before fully_shard. To fold or export a "
                 "sharded one, write it with sarac.save or sarac.save_adapter in every process and load the file in one."

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sarac.ir.errors import SpectrumError
+from sarac.ir.sharded import is_sharded
 from sarac.ir.spectrum import Spectrum, stacked
 
 ENGINE = "gram 1"  # stands in cache keys: a change of what comes out gives it another number
@@ -224,7 +224,7 @@ def _largest(weight: Tensor) -> float:
 
 def placed(weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights whole, and where float64 can be computed: on CPUs and NVIDIA's or AMD's GPUs."""
-    whole = [weight.full_tensor() if isinstance(weight, DTensor) else weight.detach() for weight in weights]
+    whole = [weight.full_tensor() if is_sharded(weight) else weight.detach() for weight in weights]
     return [weight if weight.device.type in ("cpu", "cuda") else weight.cpu() for weight in whole]
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.ir.calls import forget
 from sarac.ir.errors import WeightError
+from sarac.ir.sharded import is_sharded
 from sarac.ir.weight import EffectiveWeight, settle
 
 
@@ -51,7 +51,7 @@ def _registrar(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
 
 def _require_assignable(module: nn.Module, name: str, value: Any) -> None:
     # FSDP2 swaps sharded for whole parameters and back through this door: one of the two is a DTensor.
-    sharded = isinstance(value, DTensor) or isinstance(module._parameters.get(name), DTensor)
+    sharded = is_sharded(value) or is_sharded(module._parameters.get(name))
     if not (sharded or "_sara_loading" in module.__dict__):
         raise WeightError(
             f"{module.__dict__['_sara'].slots[name].site} is adapted and cannot be assigned: its factors belong to the present "

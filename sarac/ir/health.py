@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.ir.adapters import MoSara, Sara
 from sarac.ir.gates import Gates, Watch, sizes_of, slots, stored
 from sarac.ir.gram import zero_floor
 from sarac.ir.graph import layer_of, starred
 from sarac.ir.layout import dense
+from sarac.ir.sharded import is_sharded
 from sarac.ir.start import Tensors
 from sarac.ir.weight import Slot
 
@@ -178,7 +178,7 @@ def equal_gates(model: nn.Module) -> dict[str, Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, which every process must take part in; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _norm(grads: Iterable[Tensor]) -> float | None:

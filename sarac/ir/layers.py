@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor
 
 from sarac.ir.calls import AUTO
 from sarac.ir.errors import RewriteError, WeightError
 from sarac.ir.guarded import overrides
+from sarac.ir.sharded import is_sharded
 from sarac.ir.weight import PRODUCTS, EffectiveWeight, Guard, Slot, State, base_attribute, effective, settle
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -142,7 +142,7 @@ def _getter(param: str) -> Callable[[nn.Module], Any]:
     def get(self: nn.Module) -> Any:
         base = self._parameters.get(param)
         state = self.__dict__.get("_sara")
-        if state is None or not state.enabled or base is None or isinstance(base, DTensor):
+        if state is None or not state.enabled or base is None or is_sharded(base):
             return base
         if torch.compiler.is_compiling():  # a plain product can be captured; a handle cannot
             return _product(self, param)

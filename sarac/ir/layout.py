@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from sarac.ir.sharded import is_sharded
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def matrices(dims: int) -> Layout:
 def quantised(stored: Tensor) -> bool:
     """Whether a weight is a tensor subclass that stands for de-quantised values, as torchao's are."""
     own = getattr(type(stored), "dequantize", Tensor.dequantize)  # every subclass has torch's own: a tracer's fake tensors too
-    return own is not Tensor.dequantize and not isinstance(stored, DTensor)
+    return own is not Tensor.dequantize and not is_sharded(stored)
 
 
 def dense(stored: Any) -> Any:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
 from sarac.ir.calls import AUTO, PINNED, forget, singular
 from sarac.ir.errors import NotFoldable, WeightError
 from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
+from sarac.ir.sharded import is_sharded
 
 PRODUCTS = "_sara_products"  # the attribute in which a module keeps its effective weights while its forward runs
 # The path of an attribute from its module, and the value that a forward was specialised to.
@@ -99,7 +99,7 @@ def settle(module: nn.Module) -> None:
     forget()
     for slot in module.__dict__["_sara"].slots.values():
         weight = module._parameters[slot.param]
-        if weight is None or isinstance(weight, DTensor):
+        if weight is None or is_sharded(weight):
             continue
         if module.__dict__[slot.schedule] in (AUTO, PINNED):
             module.__dict__[slot.schedule] = PINNED if fixed(slot, module) else AUTO
