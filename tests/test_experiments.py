@@ -478,19 +478,45 @@ def test_report_is_made_of_the_lines(results: Path, tmp_path: Path, monkeypatch:
         assert known.mean(entry.spec).text() not in section
 
 
-def test_peaks_are_those_of_timings(tmp_path: Path) -> None:
+def test_peaks_are_of_runs_like_each_other(tmp_path: Path) -> None:
     known = Spec("lora", "r=1", lr=0.1, **QUICK)
     line = {"trained": 5, "peak_gib": 9.0, "train_s": 1.0}
     beside = {**line, "id": known.identity, "spec": vars(known), "nll": 1.0, "unrelated_nll": 2.0}
     alone = Spec("lora", "r=1", lr=0.1, **{**QUICK, "kind": "timing", "steps": 20})
     timed = {**line, "id": alone.identity, "spec": vars(alone), "peak_gib": 3.0, "ms_step": 4.0, "why_plain": ""}
-    entry = lines.Entry("LoRA", known)
-    cells = [text.strip() for text in lines.comparison(lines.Lines([beside, timed]), [entry]).splitlines()[-1].split("|")]
-    assert cells[-4:-1] == ["4.0", "3.0", "1"]
-    cells = [text.strip() for text in lines.comparison(lines.Lines([beside]), [entry]).splitlines()[-1].split("|")]
-    assert cells[-4:-1] == ["", "", "1"]
+
+    def cells(*found: dict[str, Any]) -> list[str]:
+        shown = lines.comparison(lines.Lines(found), [lines.Entry("LoRA", known)]).splitlines()[-1]
+        return [text.strip() for text in shown.split("|")][-4:-1]
+
+    assert cells({**beside, "why_plain": ""}, timed) == ["4.0", "9.0", "1"]
+    assert cells(beside, timed) == ["4.0", "", "1"]  # its chains were not compiled: it kept more
+    assert cells({**beside, "why_plain": ""}) == ["", "9.0", "1"]
     assert "| LoRA | r=1 | 5 | 4.0 | 3.0 | compiled |" in report.timings([beside, timed], "tiny")
     assert report.timings([beside], "tiny") == ""
+
+
+def test_search_that_was_not_made_is_stood_in_for() -> None:
+    def line(plan: str, rate: float, nll: float) -> dict[str, Any]:
+        one = Spec("lora", plan, seed=spec.SEARCH_SEED, lr=rate)
+        return {"id": one.identity, "spec": vars(one), "valid_nll": nll}
+
+    wanted = Spec("lora", "r=4")
+    pair = methods.searched_by(wanted)
+    assert pair == ("lora", "r=4")
+    others = [line("r=1", 1e-2, 1.0), line("r=1", 3e-2, 2.0), line("r=8", 1e-3, 0.5)]
+    known = lines.Lines(others)
+    assert (known.search.made(pair), known.search.best(pair), known.rate(wanted)) == (("lora", "r=1"), 1e-2, "0.01* (r=1)")
+    own = lines.Lines([*others, *(line("r=4", rate, nll) for rate, nll in ((1e-3, 3.0), (3e-3, 1.0), (1e-2, 2.0)))])
+    assert (own.search.made(pair), own.search.best(pair), own.rate(wanted)) == (pair, 3e-3, "0.003")
+    assert lines.Lines([]).search.best(pair) is None
+
+
+def test_study_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parsed(["9"])
+    assert "There is no study 9" in capsys.readouterr().err
+    assert run.parsed(["3"]).studies == [3]
 
 
 def test_committed_lines_are_of_the_runs_that_are_wanted() -> None:

@@ -62,10 +62,13 @@ class Lines:
         return self.of(replace(spec, kind="timing", steps=20, seed=0)).get(0)
 
     def rate(self, spec: Spec) -> str:
-        """The rate as tables show it; a star where it lies at the edge of what was searched."""
+        """The rate as tables show it: a star where it is at the edge of what was searched, and what was searched in its place."""
         pair = searched_by(spec)
         best = self.search.best(pair) if pair else (spec.lr or None)
-        return "" if best is None else f"{best:g}{'*' if pair and self.search.at_edge(pair) else ''}"
+        if best is None or pair is None:
+            return "" if best is None else f"{best:g}"
+        used = self.search.made(pair)[1]
+        return f"{best:g}{'*' if self.search.at_edge(pair) else ''}{'' if used == spec.plan else f' ({used})'}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -86,13 +89,13 @@ def comparison(lines: Lines, entries: Sequence[Entry], reference: Entry | None =
         first, nll, other = next(iter(found.values())), lines.mean(entry.spec), lines.mean(entry.spec, "unrelated_nll")
         gap = paired(lines.values(entry.spec), base) if reference and entry != reference else None
         alone = lines.timing(entry.spec)
-        peak = alone["peak_gib"] if alone else None
+        peak = lines.mean(entry.spec, lambda line: line.get("peak_gib") if line.get("why_plain") == "" else None)
         seconds = lines.mean(entry.spec, "train_s")
         rows.append([
             entry.label, f"{first['trained']:,}", lines.rate(entry.spec), nll.text() if nll else "",
             *([difference(gap)] if reference else []), other.text() if other else "",
             f"{seconds.value:.1f}" if seconds else "", f"{alone['ms_step']:.1f}" if alone else "",
-            "" if peak is None else f"{peak:.1f}", str(len(found)),
+            "" if peak is None else f"{peak.value:.1f}", str(len(found)),
         ])  # fmt: skip
     return table(heads, rows) if rows else nothing(entries)
 

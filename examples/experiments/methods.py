@@ -35,15 +35,26 @@ class Method:
         start = RATES.index(self.first) if self.first else 0
         return RATES[start : start + SEARCHED] if self.first else ()
 
-    def searched(self, plan: str) -> str:
-        """The plan whose search gives the rate for this one."""
-        return next(one for one, globs in self.searches.items() if any(fnmatch.fnmatchcase(plan, glob) for glob in globs))
+    def searched(self, plan: str) -> list[str]:
+        """The plans whose search may give the rate for this one, the nearest first: the next stands in until that is made."""
+        return [one for one, globs in self.searches.items() if any(fnmatch.fnmatchcase(plan, glob) for glob in globs)]
 
 
-_SV = {"threshold:0.1": ("*threshold:0.0*", "*threshold:0.1*", "*threshold:0.2*"), "threshold:0.6": ("*",)}
-_MANY = ("*threshold:0.1*", "*threshold:0.2*", "*threshold:0.05*", "rank:[48]", "budget:[0-9]??????*")  # from a million on
+_SV = {"budget:23040": ("budget:23040",), "budget:57600": ("budget:57600",)}  # what is compared with the smallest LoRAs
+_SV |= {"threshold:0.1": ("*threshold:0.0*", "*threshold:0.1*", "*threshold:0.2*"), "threshold:0.6": ("*",)}
+_MANY = (
+    "*threshold:0.1*",
+    "*threshold:0.2*",
+    "*threshold:0.05*",
+    "*threshold:0.3*",
+    "*threshold:1*",
+    "rank:[48]",
+    "budget:[0-9]??????*",
+)  # from a million on
 _FACTORS = {"threshold:0.05": _MANY, "threshold:0.01": ("*",)}
 _ROUTED = {"threshold:0.5": ("*",)}
+_LORA = {plan: (plan,) for plan in ("r=1,on=v_proj", "r=1,on=q_proj+v_proj", "r=4", "r=32")}
+_LORA |= {"r=1": ("r=1", "r=1,*", "r=4"), "r=8": ("*",)}
 _ANY = {"": ("*",)}
 
 
@@ -66,7 +77,7 @@ METHODS = {
     "mosara-uniform": _routed("Mo-SARA, uniform", "sets=5,router=uniform"),
     "mosara-one": _routed("Mo-SARA, one set", "sets=1"),
     "mosara-bottleneck": _routed("Mo-SARA, bottleneck 1", "sets=5,router=soft,bottleneck=1"),
-    "lora": Method("LoRA", "peft", 3e-4, {"r=1": ("r=1", "r=1,*", "r=4"), "r=8": ("*",)}, random=True),
+    "lora": Method("LoRA", "peft", 3e-4, _LORA, random=True),
     "pissa": Method("PiSSA", "peft", 1e-4, {"r=8": ("*",)}),
     "adalora": Method("AdaLoRA", "peft", 1e-3, {"r=8": ("*",)}, random=True),
     "ia3": Method("IA3", "peft", 3e-3, _ANY),
@@ -87,4 +98,4 @@ def searched_by(spec: Spec) -> tuple[str, str] | None:
     if spec.lr != BEST or METHODS[spec.method].family == "untouched":
         return None
     name = SAME_RATE.get(spec.method, spec.method)
-    return name, METHODS[name].searched(spec.plan)
+    return name, METHODS[name].searched(spec.plan)[0]

@@ -23,11 +23,17 @@ from experiments.spec import merged, missing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"  # the committed lines
-COMMAND = "PYTHONPATH=examples python -m experiments.run {} --model FOLDER --name {} --tokens tokens.pt"
+COMMAND = (
+    "PYTHONPATH=examples python -m experiments.run {} --model FOLDER --name {} --tokens tokens.pt "
+    "--results examples/experiments/results/runs.jsonl"
+)
+CONCLUDED = "smollm2"  # the model that conclusions.json is about
 
 
-def conclusions() -> dict[str, str]:
-    """What was concluded, by the study's number."""
+def conclusions(model: str = CONCLUDED) -> dict[str, str]:
+    """What was concluded of this model, by the study's number."""
+    if model != CONCLUDED:
+        return {}
     path = HERE / "conclusions.json"
     found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
@@ -38,18 +44,20 @@ def section(number: int, lines: Lines, model: str, folder: Path) -> str:
     module = study(number)
     specs = merged(module.specs(model))
     ready, waiting = lines.search.resolved(specs)
-    lacking = len(missing(ready, lines.all)) + len(waiting)
-    parts = [f"## {number}. {module.TITLE}", module.QUESTION, conclusions().get(str(number), "No conclusion is drawn yet.")]
+    lacking = [*missing(ready, lines.all), *waiting]
+    parts = [f"## {number}. {module.TITLE}", module.QUESTION, conclusions(model).get(str(number), "No conclusion is drawn yet.")]
     parts.append(module.report(lines, model, folder))
     parts.append(f"Made by `{COMMAND.format(number, model)}`.")
     if lacking:
-        parts.append(f"Not run: {lacking} of {len(specs)} runs. The same command makes them.")
+        names = Counter(" ".join(filter(None, (METHODS[s.method].label, s.plan, s.task, s.kind))) for s in lacking)
+        told = ", ".join(f"{name} ({count})" for name, count in names.items())
+        parts.append(f"Not run: {len(lacking)} of {len(specs)} runs, which the same command makes: {told}.")
     return "\n\n".join(part for part in parts if part)
 
 
 def about(lines: Sequence[dict[str, Any]], model: str) -> str:
     """What all runs have in common."""
-    made = [line for line in lines if "about" in line and line["spec"]["model"] == model]
+    made = list({line["id"]: line for line in lines if "about" in line and line["spec"]["model"] == model}.values())
     devices = Counter(line["about"]["device"] for line in made)
     versions = sorted({", ".join(f"{name} {v}" for name, v in line["about"]["versions"].items()) for line in made})
     graphs = Counter("as a CUDA graph" if line["graph"] else line["why_eager"] for line in made if "graph" in line)
@@ -132,6 +140,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, help="the file of tokens, for the references of generated texts")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
+    if lacking := [str(path) for path in options.results if not path.exists()]:
+        parser.error(f"There are no results at {', '.join(lacking)}: give the file that experiments.run wrote.")
     lines = scored(options.results, options.tokens)
     models = Counter(line["spec"]["model"] for line in lines)
     model = options.name or (models.most_common(1)[0][0] if models else "smollm2")

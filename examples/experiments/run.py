@@ -230,6 +230,10 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="after these no new run starts")
     parser.add_argument("--dry", action="store_true", help="print what would be run")
     options = parser.parse_args(arguments)
+    if unknown := [str(number) for number in options.studies if number not in FILES]:
+        parser.error(
+            f"There is no study {', '.join(unknown)} to run: take of {', '.join(map(str, FILES))}; 1 has a command of its own."
+        )
     options.since = time.time()
     options.until, options.kept = options.since + options.seconds, 0.0
     if options.model == "smollm2":

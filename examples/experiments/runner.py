@@ -1,6 +1,7 @@
 """One run: from a spec to one JSON line with all that repeating it needs."""
 
 import gc
+import hashlib
 import math
 import platform
 import subprocess
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import sarac
 from experiments import compiled, data, routing, scoring, tiny
 from experiments.bench import Bench, slots
 from experiments.making import make, program_key
 from experiments.methods import METHODS
 from experiments.spec import SEARCH_SEED, Spec
 from experiments.training import CAUSAL, Program, Trainable, mean_nll, order, whole
+from sarac import backends, passes
 
 TIMED = 20  # steps of a timing, alone on the machine
 PACKAGES = ("torch", "transformers", "peft", "sarac")
@@ -56,7 +59,8 @@ class Place:
         base = base.to(device).eval().requires_grad_(False)
         about = {
             "versions": {package: installed(package) for package in PACKAGES}, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "revision": revision(), "data": made["about"],
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "revision": revision(), "sources": sources(),
+            "data": made["about"],
         }  # fmt: skip
         bench = Bench(base)
         if compiling:
@@ -107,6 +111,15 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def sources() -> str:
+    """A digest of the sources of sarac and of these experiments, which tells them apart where there is no checkout."""
+    folders = (Path(__file__).parent, Path(sarac.__file__).parent, *(Path(p) for one in (passes, backends) for p in one.__path__))
+    found = hashlib.sha256()
+    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}, key=lambda path: path.name):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def revision() -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments.methods import RATES, SEARCHED, searched_by
+from experiments.methods import METHODS, RATES, SEARCHED, searched_by
 from experiments.spec import SEARCH_SEED, Spec
 
 Line = Mapping[str, Any]
@@ -25,14 +25,19 @@ class Search:
                 self.found.setdefault(pair, {})[spec.lr] = nll if nll == nll else float("inf")
                 self._specs[pair] = spec
 
+    def made(self, pair: tuple[str, str]) -> tuple[str, str]:
+        """The pair itself where its search was made, else the one that stands in for it."""
+        name, plan = pair
+        return next(((name, one) for one in METHODS[name].searched(plan) if (name, one) in self.found), pair)
+
     def best(self, pair: tuple[str, str]) -> float | None:
         """The rate with the lowest nll on the rows that are held out of training; None where nothing was searched."""
-        tried = self.found.get(pair)
+        tried = self.found.get(self.made(pair))
         return min(tried, key=lambda rate: tried[rate]) if tried else None
 
     def at_edge(self, pair: tuple[str, str]) -> bool:
         """Whether the best rate is the lowest or the highest that was tried."""
-        tried = self.found[pair]
+        tried = self.found[self.made(pair)]
         return self.best(pair) in (min(tried), max(tried))
 
     def further(self) -> list[Spec]:

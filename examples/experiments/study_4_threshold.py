@@ -9,7 +9,8 @@ from experiments.spec import Spec, seeds
 
 TITLE = "The threshold"
 QUESTION = "Which threshold should be the default?"
-THRESHOLDS = {"sara": (0.01, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0), "sara-factors-svd": (0.01, 0.02, 0.05, 0.1)}
+THRESHOLDS = {"sara": (0.01, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0), "sara-factors-svd": (0.01, 0.02, 0.05, 0.1, 0.3, 1.0)}
+REFERENCE = {"sara": "0.6", "sara-factors-svd": "0.1"}
 TASKS = ("gsm8k", "e2e")
 
 
@@ -31,10 +32,10 @@ def specs(model: str) -> list[Spec]:
 
 
 def report(lines: Lines, model: str, folder: Path) -> str:
-    """A table a method and task, against the threshold 0.6 (or the last), and curves over the threshold."""
+    """A table a method and task, against the threshold 0.6, of factors 0.1, and curves over the threshold."""
     parts, curves = [], {}
     for (method, task), group in groups(model).items():
-        reference = next((entry for entry in group if entry.label == "0.6"), group[-1])
+        reference = next((entry for entry in group if entry.label == REFERENCE.get(method)), group[-1])
         parts.append(f"{METHODS[method].label}, {task}, by threshold:\n\n{comparison(lines, group, reference)}")
         found = {float(entry.label): lines.mean(entry.spec) for entry in group}
         curves[f"{METHODS[method].label}, {task}"] = {t: one for t, one in found.items() if one}

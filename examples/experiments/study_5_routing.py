@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.lines import Entry, Line, Lines, comparison, table
+from experiments.intervals import paired
+from experiments.lines import Entry, Line, Lines, comparison, difference, table
 from experiments.methods import METHODS
 from experiments.spec import Spec, seeds
 
@@ -12,12 +13,12 @@ TITLE = "Routing"
 QUESTION = "Does routing help, and do different inputs take different sets?"
 MIX = "gsm8k+svamp+boolq+e2e"
 VARIANTS = ("mosara-soft", "mosara-topk2", "mosara-hard", "mosara-uniform", "mosara-one", "mosara-bottleneck")
-PLAN, STEPS = "threshold:0.5", 200
+PLAN, STEPS, A_LAYER = "threshold:0.5", 200, 7
 FIGURES = {
     "entropy of a token's gates, of log(sets)": "entropy",
     "what an input tells of its set, of log(sets)": "information",
     "dead sets": "dead",
-    "distance between tasks": "between_tasks",
+    "squared distance between tasks": "between_tasks",
     "the same, tasks dealt by chance": "between_by_chance",
 }
 
@@ -58,6 +59,16 @@ def figures(lines: Lines, entry: Entry) -> list[list[str]]:
     return rows
 
 
+def by_task(lines: Lines, entry: Entry, reference: Entry) -> list[list[str]]:
+    """The paired difference in the nll of every task, and of unrelated text."""
+    values: list[tuple[str, Any]] = [
+        (task, lambda line, task=task: line["nll_by_task"].get(task)) for task in entry.spec.task.split("+")
+    ]
+    pairs = [(name, lines.values(entry.spec, get), lines.values(reference.spec, get)) for name, get in values]
+    pairs.append(("unrelated text", *(lines.values(one.spec, "unrelated_nll") for one in (entry, reference))))
+    return [[entry.label, name, difference(paired(ours, theirs))] for name, ours, theirs in pairs if ours and theirs]
+
+
 def use(lines: Lines, entry: Entry) -> list[list[str]]:
     """How much each task uses each set, the mean over sites and seeds."""
     rows = []
@@ -74,6 +85,9 @@ def report(lines: Lines, model: str, folder: Path) -> str:
     acting = [row for entry in every for row in figures(lines, entry)]
     shares = [row for entry in every for row in use(lines, entry)]
     parts = [f"{every[0].spec.task}, {PLAN}:", comparison(lines, every, every[0])]
+    apart = [row for entry in every[1:] for row in by_task(lines, entry, every[0])]
+    if apart:
+        parts += [f"By task, less {every[0].label} (paired by seed):", table(["", "task", "nll, less"], apart)]
     if acting:
         parts += ["What the routers do on test rows of each task (a router is random before it is trained):"]
         parts += [table(["", *FIGURES, "p that tasks differ, by seed"], acting)]
@@ -81,13 +95,12 @@ def report(lines: Lines, model: str, folder: Path) -> str:
         sets = [f"set {i + 1}" for i in range(len(shares[0]) - 2)]
         parts += ["Use of the sets by task, after training:", table(["", "task", *sets], shares)]
     depth = {entry.label: by_site(lines, entry) for entry in every}
-    parts.append(
-        plots.plain({k: v for k, v in depth.items() if v}, folder / "study_5.png", "site, by depth", "entropy / log(sets)")
-    )
+    parts.append(plots.plain({k: v for k, v in depth.items() if v}, folder / "study_5.png", "layer", "entropy / log(sets)"))
     return "\n\n".join(parts)
 
 
 def by_site(lines: Lines, entry: Entry) -> list[float]:
-    """The entropy at every site, the mean over seeds."""
+    """The entropy in every layer of the model, the mean over its sites and seeds."""
     found = [line["routing"]["entropy_by_site"] for line in lines.of(entry.spec).values() if line.get("routing")]
-    return [sum(column) / len(column) for column in zip(*found, strict=True)]
+    sites = [sum(column) / len(column) for column in zip(*found, strict=True)]
+    return [sum(sites[i : i + A_LAYER]) / A_LAYER for i in range(0, len(sites), A_LAYER)]

@@ -6,7 +6,7 @@ from typing import Any
 from experiments import plots
 from experiments.lines import Entry, Line, Lines, comparison, table
 from experiments.methods import METHODS
-from experiments.spec import Spec, seeds
+from experiments.spec import SEARCH_SEED, Spec, seeds
 
 TITLE = "Accuracy and forgetting"
 QUESTION = "How far from full fine-tuning is it, and what is forgotten?"
@@ -18,6 +18,7 @@ FINALISTS = (
     ("sara-factors-svd", "threshold:0.05"),
     ("mosara-soft", "threshold:0.5"),
 )
+RUINED = 2.0  # nll above which a run learnt nothing
 SCORES = ("exact", "choices", "bleu", "rouge_l")
 
 
@@ -45,8 +46,8 @@ def score(line: Line, name: str) -> float | None:
 
 
 def report(lines: Lines, model: str, folder: Path) -> str:
-    """Scores and losses by task, and what was forgotten over what was learnt."""
-    parts, points = [], {}
+    """Scores and losses by task, and what was forgotten over what was learnt, by the rate."""
+    parts = []
     for task, group in groups(model).items():
         parts.append(f"{task}:\n\n{comparison(lines, group, group[-1])}")
         kinds = [name for name in SCORES if any(lines.values(e.spec, lambda line, n=name: score(line, n)) for e in group)]  # type: ignore[misc]
@@ -55,10 +56,29 @@ def report(lines: Lines, model: str, folder: Path) -> str:
             found = [lines.mean(entry.spec, lambda line, n=name: score(line, n)) for name in kinds]  # type: ignore[misc]
             if any(found):
                 rows.append([entry.label, *(one.text(1) if one else "" for one in found)])
-            learnt, kept = lines.mean(entry.spec), lines.mean(entry.spec, "unrelated_nll")
-            if learnt and kept:
-                points.setdefault(entry.label, []).append((learnt.value, kept.value))
         if rows:
             parts.append(table(["", *(f"{name}, %" if name in SCORES[:2] else name for name in kinds)], rows))
-    parts.append(plots.scatter(points, folder / "study_6.png", "nll on the task's test rows", "nll on unrelated text"))
+    rows, points = by_rate(lines)
+    if rows:
+        parts += [
+            "What the search's short runs forgot, by the rate (held-out nll, unrelated nll):",
+            table(["", "plan", "by rate"], rows),
+        ]
+    parts.append(plots.scatter(points, folder / "study_6.png", "nll on held-out rows, by rate", "nll on unrelated text"))
     return "\n\n".join(parts)
+
+
+def by_rate(lines: Lines) -> tuple[list[list[str]], dict[str, list[tuple[float, float]]]]:
+    """What each searched plan learnt and forgot at each rate, as rows and as points; runs that were ruined are left out."""
+    found: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
+    for line in lines.all:
+        spec = line["spec"]
+        if spec["seed"] == SEARCH_SEED and "error" not in line and line["valid_nll"] < RUINED:
+            found.setdefault((spec["method"], spec["plan"]), {})[spec["lr"]] = line["valid_nll"], line["unrelated_nll"]
+    names = {pair: f"{METHODS[pair[0]].label} {pair[1]}".strip() for pair in found}
+    rows = [
+        [METHODS[name].label, plan, ", ".join(f"{rate:g}: {nll:.3f}, {kept:.3f}" for rate, (nll, kept) in sorted(tried.items()))]
+        for (name, plan), tried in found.items()
+    ]
+    shown = [pair for pair in found if pair[0] in {name for name, _ in FINALISTS}]
+    return rows, {names[pair]: list(found[pair].values()) for pair in shown}
