@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 from torch import nn
 
-from sarac.ir.calls import AUTO, CHOICES, PINNED, PLAIN, TWO_SIDED
+from sarac.ir.calls import AUTO, CHOICES, PINNED, PLAIN, TWO_SIDED, even
 from sarac.ir.cost import Call, device_name, rates_of, rates_or_counts, schedule_at
 from sarac.ir.errors import PlanError, RewriteError, near
 from sarac.ir.graph import Site, starred
@@ -80,13 +80,14 @@ class Schedules:
 
 
 def schedule(
-    model: nn.Module, choice: str | Mapping[str, str] | None = None, *, tokens: int = 8192, device: str | None = None
-) -> Schedules:
+    model: nn.Module, choice: str | Mapping[str, str] | None = None, *, tokens: int = 8192, device: str | None = None,
+    compiled: bool = False,
+) -> Schedules:  # fmt: skip
     """Set how the calls of an adapted model run while it trains, and show what they run by at so many tokens.
 
-    `choice`: auto, one of two-sided, right, left, materialised, or plain (autograd on the formula); or such by globs over weight
-    names, of which the last that matches holds. None changes nothing. Results stay the same up to rounding. `device`: the name
-    that rates are kept under, where it is not the model's.
+    `choice`: auto, one of two-sided, right, left, materialised, rebuilt, or plain (autograd on the formula); or such by globs
+    over weight names, of which the last that matches holds. None changes nothing. Results stay the same up to rounding. `device`:
+    the name that rates are kept under, where it is not the model's. `compiled`: show what compiled code runs by.
     """
     slots = [(module, slot) for _, module, state in adapted(model) for slot in state.slots.values()]
     if not slots:
@@ -96,7 +97,7 @@ def schedule(
     weights = [(slot, module, module._parameters[slot.param]) for module, slot in slots]
     first = next(weight for _, _, weight in weights if weight is not None)
     name, dtype = device or device_name(first.device), str(first.dtype).removeprefix("torch.")
-    sites = {slot.site: _scheduled(slot, module, tokens, name) for slot, module, _ in weights}
+    sites = {slot.site: _scheduled(slot, module, tokens, name, compiled) for slot, module, _ in weights}
     return Schedules(tuple(sites.values()), tokens, name, dtype, rates_of(name, dtype) is not None)
 
 
@@ -130,14 +131,15 @@ def _set(slots: list[tuple[nn.Module, Slot]], choices: Mapping[str, str]) -> Non
         settle(module)
 
 
-def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str) -> Scheduled:
+def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str, compiled: bool) -> Scheduled:
     adapter, weight = slot.adapter, module._parameters[slot.param]
     assert weight is not None
     _, out, inner = slot.layout.sizes(tuple(weight.shape))
     why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).replace(PINNED, AUTO)
-    routed, biased = not adapter.foldable, module._parameters.get("bias") is not None
-    factors, sets = bool({"u", "v"} & set(adapter.trainable)), len(slot.tensors(module)["shift"]) if routed else 0
-    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased, factors, sets)
+    tensors, routed, biased = slot.tensors(module), not adapter.foldable, module._parameters.get("bias") is not None
+    factors, sets = bool({"u", "v"} & set(adapter.trainable)), len(tensors["shift"]) if routed else 0
+    biased = biased or (routed and (compiled or not even(tensors["scale"])))  # either way not on the left
+    call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased, factors, sets, compiled)
     return scheduled(slot.site, call, str(weight.dtype).removeprefix("torch."), device, asked, why)
 
 

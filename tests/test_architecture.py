@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "ir.fused": "ir.kernels",
     "ir.siblings": "",
     "ir.byhand": "ir.fused ir.siblings",
-    "ir.materialised": "ir.byhand ir.fused ir.terms",
+    "ir.materialised": "ir.byhand ir.fused ir.sharded ir.terms",
     "ir.schedules": "ir.byhand ir.materialised ir.siblings ir.terms",
     "ir.cost": "ir.errors ir.cache",
     "ir.routes": "ir.byhand ir.fused ir.siblings ir.terms",

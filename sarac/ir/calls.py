@@ -6,7 +6,7 @@ function transform, tensor subclasses, float16, where V x is taken in float32) c
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, ru
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
 PINNED = "auto, two-sided"  # what auto comes to where the factors are no singular vectors
 CHOICES = (AUTO, *SCHEDULES, PLAIN)
+EVEN = 4.0  # the largest over the smallest value, above which a routed call's scores would lose digits on the left
 
 
 @leaf
@@ -80,15 +81,17 @@ def _choices(
     schedule: str, dtype: torch.dtype, x: Tensor, op: str, given: tuple[Tensor, ...], routes: bool, biased: bool
 ) -> Steps:  # fmt: skip
     """The schedules of such calls by tokens, as `schedule_at` takes them; `given`: W, U, V and s."""
-    compiling, u = torch.compiler.is_compiling(), given[1]
+    compiling, (_, u, v, _) = torch.compiler.is_compiling(), given
     if schedule == TWO_SIDED or (schedule == PINNED and compiling):
         return _TWO_SIDED
+    verdict = _UNKNOWN if compiling else looked_at(op, *given)
+    if not verdict.singular:
+        return _TWO_SIDED
+    right_only = biased or (routes and not verdict.even)
     if schedule in (AUTO, PINNED):
-        choices: Steps = steps(len(u), x.shape[-1], u.shape[1], dtype, x.device, routes, biased, compiling)
-    else:
-        served = schedule in (ROUTED if routes else SCHEDULES) and not (biased and schedule == "left")
-        choices = ((LARGEST, schedule if served else TWO_SIDED),)
-    return choices if compiling or still_singular(op, *given) else _TWO_SIDED
+        return steps(len(u), v.shape[1], u.shape[1], dtype, x.device, routes, right_only, compiling)
+    served = schedule in (ROUTED if routes else SCHEDULES) and not (right_only and schedule == "left")
+    return ((LARGEST, schedule if served else TWO_SIDED),)
 
 
 def _as_ever(x: Tensor) -> bool:
@@ -133,8 +136,18 @@ def _transformed() -> bool:
     return stack is not None or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
 
 
-def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
-    """Whether these still are singular vectors of the weight; looked at again only where one of them was written to."""
+class Verdict(NamedTuple):
+    """Whether factors are singular vectors of their weight, and whether the values are near each other.
+
+    A routed call on the left divides W x, rounded at the largest value's size, by each of them before its router reads it.
+    """
+
+    singular: bool
+    even: bool
+
+
+def looked_at(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> Verdict:
+    """What these are now; looked at again only where one of them was written to."""
     owner = weight if weight._base is None else weight._base
     held = _verdicts.get(id(owner))
     if held is None or held[0]() is not owner:
@@ -145,8 +158,13 @@ def still_singular(op: str, weight: Tensor, u: Tensor, v: Tensor, scale: Tensor)
     if found is None:
         if len(held[1]) > _MOST:
             held[1].clear()
-        found = held[1][key] = singular(lying(op, weight), u, v, scale)
+        found = held[1][key] = Verdict(singular(lying(op, weight), u, v, scale), even(scale))
     return found
+
+
+def even(scale: Tensor) -> bool:
+    """Whether singular values (k,) are near each other."""
+    return not scale.numel() or scale.is_meta or bool(scale.max() <= EVEN * scale.min())
 
 
 def forget() -> None:
@@ -176,6 +194,7 @@ def singular(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
 
 
 _TWO_SIDED: Steps = ((LARGEST, TWO_SIDED),)
+_UNKNOWN = Verdict(singular=True, even=False)  # compiled code cannot look at values: `settle` has, at what is singular
 # Function.apply without its look at function transforms, of which there are none (`_as_ever`).
 _APPLY, _APPLY_ROUTED = (
     {name: torch._C._FunctionBase.__dict__["apply"].__get__(None, one) for name, one in known.items()}
@@ -183,4 +202,4 @@ _APPLY, _APPLY_ROUTED = (
 )
 _DTYPES = {torch.float32, torch.bfloat16, torch.float64}
 _MOST = 64  # verdicts on the views of one tensor
-_verdicts: dict[int, tuple[Any, dict[tuple[Any, ...], bool]]] = {}  # by the id of the tensor that holds the weight
+_verdicts: dict[int, tuple[Any, dict[tuple[Any, ...], Verdict]]] = {}  # by the id of the tensor that holds the weight

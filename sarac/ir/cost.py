@@ -117,23 +117,28 @@ class Call:
         """Bytes of U and V."""
         return self.rank * (self.out + self.inner) * self.size
 
-    def best(self, rates: Rates) -> str:
-        """The fastest schedule; a weight is kept only where that, its projection and the factors are no more than half an input,
-        of a compiled call three quarters.
+    @property
+    def fits(self) -> bool:
+        """Whether a made weight, its projection and the factors are at most half an input, of a compiled call three quarters.
 
         An adapter that trains its factors keeps its input, which siblings share or others keep anyway: such a share of it is the
         measure. With these shares a Llama of 2048 at k = 614 stays below LoRA's peak, eager and compiled.
         """
         room = self.tokens * self.inner * self.size * (3 if self.compiled else 2) // 4
-        large = self.kept("materialised") + self.stored > room
-        fitting = [name for name in self.choices if name != "materialised" or not large]
+        return self.kept("materialised") + self.stored <= room
+
+    def best(self, rates: Rates, fits: bool | None = None) -> str:
+        """The fastest schedule; a weight is kept only where it fits: by itself, or as is said."""
+        keeps = self.fits if fits is None else fits
+        fitting = [name for name in self.choices if name != "materialised" or keeps]
         return min(fitting, key=lambda name: self.seconds(name, rates))
 
     def steps(self, rates: Rates) -> tuple[tuple[int, str], ...]:
         """The best schedule by tokens, whatever this call has: (limit, name) for all numbers below the limit, in rising order."""
         found: list[tuple[int, str]] = []
         for limit in (2**power for power in range(1, LARGEST.bit_length())):
-            name = replace(self, tokens=limit * 3 // 4).best(rates)
+            least, middle = (replace(self, tokens=tokens) for tokens in (limit // 2, limit * 3 // 4))
+            name = middle.best(rates, least.fits)
             found = [*(found[:-1] if found and found[-1][1] == name else found), (limit, name)]
         return tuple(found)
 

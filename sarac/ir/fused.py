@@ -81,6 +81,7 @@ def _sums(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near
     pieces = -(-tokens // _LENGTH)
     out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
     strides = (0, 0, 0, 0, 0) if x is None or v is None else (*x.stride(), *v.stride(), x.shape[1])
+    shift, scale = (None if one is None else one.contiguous() for one in (shift, scale))
     tensors = (g, h, *(out if one is None else one for one in (shift, x, v, scale)), out)
     numbers = (tokens, g.stride(0), h.stride(0), *strides, near)
     launch("sums", (rank, pieces, 1), tensors, numbers, (shift is not None, x is not None, _LENGTH, _WIDTH))
@@ -91,7 +92,8 @@ def _turned(u: Tensor, values: Some, launch: Launch) -> Tensor:
     height, rank = u.shape
     out = torch.empty((rank, height), device=u.device, dtype=u.dtype)
     grid = (-(-height // _SIDE), -(-rank // _SIDE), 1)
-    launch("turned", grid, (u, out if values is None else values, out), (height, rank, u.stride(0)), (values is not None, _SIDE))
+    tensors = (u, out if values is None else values.contiguous(), out)
+    launch("turned", grid, tensors, (height, rank, u.stride(0)), (values is not None, _SIDE))
     return out
 
 
@@ -118,7 +120,7 @@ def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: f
     if _runs(h) and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1:
         rank, tokens = h.shape
         numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), near)
-        _launch("mend", (-(-tokens // 64), 1, 1), (h, x, v, scale, shift), numbers, (_WIDTH, 64, 64))
+        _launch("mend", (-(-tokens // 64), 1, 1), (h, x, v, scale.contiguous(), shift.contiguous()), numbers, (_WIDTH, 64, 64))
         return
     found = ((1 + shift).abs() < near).nonzero().squeeze(1)  # which the host waits for
     if len(found):

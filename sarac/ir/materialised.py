@@ -31,6 +31,7 @@ from sarac.ir.byhand import (
     sums,
     times,
 )
+from sarac.ir.sharded import fsdp_runs
 from sarac.ir.terms import base
 
 
@@ -48,6 +49,7 @@ class Materialised(torch.autograd.Function):
         weight, made, u, v, scale, shift, h = saved(ctx)
         dx = dshift = None
         if dy is not None:
+            made = ctx.made if made is None else made
             if made is None or differentiable():
                 made = _made(weight, times(u.mT, shift * scale), v)
             dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
@@ -89,7 +91,10 @@ def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
     else:
         h = lain(u.mT) @ rows(y).mT
         fused.mend(h, rows(x), v, scale, shift, NEAR)
-    keep(ctx, op, x, weight, made if kept or _held else None, u, v, scale, shift, h)
+    keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
+    ctx.made = (
+        made if _held and not kept else None
+    )  # not among what is saved: a checkpoint counts that, in the block and behind it
     return y.detach(), h
 
 
@@ -102,7 +107,8 @@ def accumulating() -> Iterator[None]:
     """Make the weight of a materialised call once for all forwards within, as of the steps between two of the optimiser's.
 
     Every such weight is held until the end of the block, a rebuilt one too. What is written to within is seen by its version (not
-    by `.data`). Under autocast, and where shifts are computed (uniform Mo-SARA), each call makes its own.
+    by `.data`). Under autocast, in compiled code, where shifts are computed (uniform Mo-SARA), and in processes with FSDP2, which
+    refills tensors without a trace, each call makes its own.
     """
     _held.append({})
     try:
@@ -118,13 +124,17 @@ _held: list[dict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Ten
 def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
     weight, u, v, scale, shift = given
-    if not _held or torch.compiler.is_compiling() or not all(isinstance(one, nn.Parameter) for one in (weight, u, v, shift)):
+    if not _held or torch.compiler.is_compiling() or fsdp_runs() or not _parameters(weight, u, v, shift):
         return _made(lying(op, weight), times(u.mT, shift * scale), v)  # what autocast casts is another one for each call
     key, versions = (op, *map(id, given)), tuple([one._version for one in given])
     found = _held[-1].get(key)
     if found is None or found[1] != versions:
         found = _held[-1][key] = (given, versions, _made(lying(op, weight), times(u.mT, shift * scale), v))
     return found[2]
+
+
+def _parameters(*tensors: Tensor) -> bool:
+    return all(isinstance(one, nn.Parameter) for one in tensors)
 
 
 def _made(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Adapted calls as a model around them meets them: what was seen to go wrong, each with its case."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zoo import close, differ, shake
 
 import sarac
@@ -164,3 +166,67 @@ def test_schedule_serves_under_autocast_too(dtype: torch.dtype, schedule: str, m
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     assert seen == [schedule]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dynamic_shapes_compile_as_one_graph(method: str) -> None:
+    model, x = adapted(nn.Linear(8, 12, bias=False), method=method), torch.randn(5, 8)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for one, other in zip(gradients(fast, x), gradients(model, x), strict=True):
+        close(one, other)
+    differ(fast(x), fast(2 * x))
+
+
+@pytest.mark.parametrize("schedule", ["materialised", "rebuilt"])
+def test_block_of_accumulation_may_end_between_forward_and_backward(schedule: str) -> None:
+    model, x = adapted(nn.Linear(8, 12), schedule), torch.randn(5, 8)
+    close(expected := gradients(model, x), gradients(model, x))
+    for first, second in ((sarac.accumulating, contextlib.nullcontext), (contextlib.nullcontext, sarac.accumulating)):
+        model.zero_grad()
+        with first():
+            y = checkpoint(model, x, use_reentrant=False)
+        with second():
+            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        for one, other in zip((p.grad for p in model.parameters() if p.grad is not None), expected[1:], strict=True):
+            close(one, other)
+            differ(one, 2 * other)
+
+
+def test_weights_that_fsdp_refills_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, made = adapted(nn.Linear(8, 12), "materialised"), torch.randn(5, 8), list[int]()
+    make = materialised._made
+    monkeypatch.setattr(materialised, "_made", lambda *given: made.append(1) or make(*given))
+    for runs, times in ((False, 1), (True, 2)):
+        monkeypatch.setattr(materialised, "fsdp_runs", lambda runs=runs: runs)
+        made.clear()
+        with sarac.accumulating():
+            model(x), model(x)
+        assert len(made) == times
+
+
+@pytest.mark.parametrize(("low", "name"), [(1.0, "left"), (0.01, "right")])
+def test_routed_scores_are_not_taken_from_an_uneven_left_side(low: float, name: str) -> None:
+    """s⁻¹ Uᵀ W x carries the rounding of W x at the largest value's size: its router would read noise."""
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(8, 8))[0], torch.linalg.qr(torch.randn(64, 8))[0].mT
+    base = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        base.weight.copy_(u @ torch.diag(torch.linspace(1.0, low, 8)) @ v)
+    model = adapted(base, method="mosara", plan="rank:8,sets=3")
+    shown = sarac.schedule(model, tokens=64).sites[0].schedule
+    assert (shown == "left") == (name == "left")
+    x = torch.randn(64, 64)
+    assert ("RoutedLeftBackward" in [type(node).__name__ for node in nodes(model(x))]) == (name == "left")
+    sarac.schedule(model, "left")
+    assert ("RoutedLeftBackward" in [type(node).__name__ for node in nodes(model(x))]) == (name == "left")
+
+
+def nodes(y: Tensor) -> list[Any]:
+    """The functions behind a tensor."""
+    found, todo = list[Any](), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            todo += [one for one, _ in node.next_functions]
+    return found

@@ -123,3 +123,11 @@ def test_rate_between_two_is_between_them() -> None:
     rates = Rates(0.0, math.inf, ((1, 1e12),), ((8, 1e9), (32, 4e9)))
     assert 2 * 1e6 * 64 * 16 / rates.product(10**6, 64, 16, 4) == pytest.approx(2e9)
     assert 2 * 1e6 * 64 * 4 / rates.product(10**6, 64, 4, 4) == pytest.approx(1e9)  # below the first, the first's
+
+
+def test_weight_is_kept_for_the_fewest_tokens_of_a_range_or_for_none() -> None:
+    for rank in range(300, 560, 20):
+        call = Call(8192, 2048, 2048, rank)
+        assert schedule_at(8192, call.steps(FAST)) != "materialised" or call.fits, rank
+    assert not Call(8192, 2048, 2048, 400).fits
+    assert replace(Call(8192, 2048, 2048, 400), tokens=12288).fits  # in the middle of the range it would be

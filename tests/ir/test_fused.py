@@ -137,3 +137,16 @@ def test_a_matrix_is_turned(height: int, rank: int, dtype: torch.dtype) -> None:
     error = float((scaled.double() - expected).norm() / expected.norm())
     assert error <= torch.finfo(dtype).eps  # Triton's interpreter cuts where a GPU rounds
     differ(scaled, plain)
+
+
+@needs_triton
+@torch.no_grad()
+def test_shifts_may_lie_apart() -> None:
+    u, wide = random(70, 33), random(33, 3)
+    apart, together = wide[:, 1], wide[:, 1].contiguous()
+    found = fused.turned(u, apart)
+    assert found is not None
+    same(found, fused.turned(u, together))
+    differ(found, fused.turned(u, wide[:, 0].contiguous()))
+    g, h = random(33, 513, dtype=torch.bfloat16), random(33, 513, dtype=torch.bfloat16).flip(0)
+    same(fused.sums(g, h, apart, None, NEAR), fused.sums(g, h, together, None, NEAR))
