@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from sarac.ir.health import Health
 
 NEARLY_FULL, SMALL = 0.95, 8  # k / n at which factors are as dear as the weight; below so many values that does not matter
@@ -15,6 +17,8 @@ UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's g
 COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.999  # the share of one set, the spread of gates, the cosine of sets
 ENOUGH = 10  # tokens a set: of fewer a set may get none by chance
 STEPS = 3.0  # of Adam at the recommended rate: sets that moved less start out alike, since each gets nearly the same gradient
+_NAMES = {"u": "U", "shift": "δ", "v": "V", "router": "the router", "router_in": "the router's bottleneck"}
+_HALVES = ("bfloat16", "float16")
 
 
 class Rule(NamedTuple):
@@ -24,6 +28,12 @@ class Rule(NamedTuple):
     value: Callable[[Health], float | None]
     worst: Callable[[Sequence[float]], float]
     text: str
+    roles: Callable[[Health], Sequence[str]] = lambda one: ()  # the tensors that it speaks of
+
+
+def named(roles: Sequence[str]) -> str:
+    """The roles of tensors as the method's papers call them, each once."""
+    return ", ".join(dict.fromkeys(_NAMES[role] for role in roles))
 
 
 def _routed(test: Callable[[Health], float | None]) -> Callable[[Health], float | None]:
@@ -56,10 +66,26 @@ def _blind(one: Health) -> float | None:
     return one.gates.spread if one.gates and one.gates.spread < BLIND and _settled(one) else None
 
 
+def _halves(one: Health) -> list[str]:
+    """The roles of what trains in half of float32."""
+    return [role for role, dtype in zip(one.trains, one.dtypes, strict=True) if dtype in _HALVES]
+
+
+def _lost_step(one: Health) -> float | None:
+    """The step, as a share of a value, under which nothing of it is kept: half a unit in the last place of the largest digits."""
+    return max((torch.finfo(getattr(torch, dtype)).eps / 4.0 for dtype in one.dtypes if dtype in _HALVES), default=None)
+
+
 BROKEN = Rule(
     "not finite", lambda one: 1.0, sum,
     "{where}: what trains, or its gradient, holds NaN or Inf. Go back to the last good checkpoint and train at a lower rate, in "
     "bfloat16 or float32 rather than float16.",
+)  # fmt: skip
+COARSE = Rule(
+    "coarse", _lost_step, max,
+    "{where}: what trains ({roles}) is {stored}, in which a step of under {value:.2%} of a value is rounded away. Cast it to "
+    "float32, as sarac makes δ and routers: p.data = p.data.float() for each p that requires gradients, before the optimiser is "
+    "made.", _halves,
 )  # fmt: skip
 RANK = (
     Rule(

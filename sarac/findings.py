@@ -6,10 +6,10 @@ site gets one finding of a group at most, the first: the later ones would follow
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sarac.faults import BROKEN, RANK, ROUTER, SCALE, Rule
+from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, Rule, named
 from sarac.ir.health import Health
 from sarac.ir.record import TOO_LOW
 
@@ -43,16 +43,17 @@ class Setting:
 
 
 def findings(sites: Sequence[Health], setting: Setting) -> tuple[Finding, ...]:
-    """All findings, in the order: broken values, rank, scale, gradients, routers, memory."""
+    """All findings, in the order: broken values, what trains, rank, scale, gradients, routers, memory."""
     broken, sound = [one for one in sites if not one.finite], [one for one in sites if one.finite]
     found = _of(broken, [BROKEN])
+    found += _of(sound, [COARSE])
     found += _of(sound, RANK)
     found += (slow := _unmoved(sound, setting)) or _of(sound, SCALE)
     faint = _gradients(sound, setting) if not broken else []
     found += faint if slow else [*_stuck(sound), *faint]
     found += _of(sound, ROUTER)
-    named = {kind for one in found if one.name == "full rank" for kind in one.sites}
-    return (*found, *_memory(sites, setting, named))
+    full = {kind for one in found if one.name == "full rank" for kind in one.sites}
+    return (*found, *_memory(sites, setting, full))
 
 
 def _of(sites: Sequence[Health], rules: Sequence[Rule]) -> list[Finding]:
@@ -65,17 +66,22 @@ def _of(sites: Sequence[Health], rules: Sequence[Rule]) -> list[Finding]:
                 hits[rule.name].append((one, value))
                 break
     return [
-        _finding(rule.name, [one for one, _ in hit], rule.worst([value for _, value in hit]), rule.text)
+        _finding(rule.name, [one for one, _ in hit], rule.worst([value for _, value in hit]), rule.text, rule.roles)
         for rule in rules
         if (hit := hits[rule.name])
     ]
 
 
-def _finding(name: str, sites: Sequence[Health], value: float, text: str) -> Finding:
+def _finding(
+    name: str, sites: Sequence[Health], value: float, text: str, roles: Callable[[Health], Sequence[str]] = lambda one: ()
+) -> Finding:
     kinds = tuple(dict.fromkeys(one.kind for one in sites))
     shown = ", ".join(kinds[:_SHOWN]) + (f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
     where = f"{shown} ({len(sites)} site{'s' if len(sites) > 1 else ''})"
-    return Finding(name, kinds, value, text.format(where=where, value=value, dtype=sites[0].dtype))
+    meant = [(role, dtype) for one in sites for role, dtype in zip(one.trains, one.dtypes, strict=True) if role in roles(one)]
+    words = {"where": where, "dtype": sites[0].dtype, "roles": named([role for role, _ in meant])}
+    stored = ", ".join(dict.fromkeys(dtype for _, dtype in meant))
+    return Finding(name, kinds, value, text.format(value=value, stored=stored, **words))
 
 
 def _unmoved(sites: Sequence[Health], setting: Setting) -> list[Finding]:

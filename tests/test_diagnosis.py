@@ -119,6 +119,12 @@ PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]]
     "far": (plain, far, "0.weight", r"up to 1\.5\. .* lower the learning rate"),
     "unmoved": (plain, unmoved, "0.weight", r"beyond \d\.\de-05, .* recommended rate 0\.01"),
     "rounded": (lambda: plain(dtype=torch.bfloat16), small, "0.weight", r"merged into bfloat16, up to \d\d% .* float32"),
+    "coarse": (
+        lambda: plain(dtype=torch.bfloat16),
+        nn.Module.bfloat16,
+        "0.weight",
+        r"\(δ\) is bfloat16, .* under 0\.20%",
+    ),
     "stuck": (plain, stuck, "0.weight", r"beyond 0\.0e\+00 while other weights' reach 0\.\d+"),
     "vanishing": (plain, frozen, "0.weight", r"hardly a gradient arrives \(norm 0\.0e\+00\)"),
 }
@@ -138,6 +144,24 @@ def test_planted_fault_is_found_and_no_other(fault: str) -> None:
     assert kind in found.findings[0].text
     assert re.search(said, found.findings[0].text), found.findings[0].text
     assert found.findings[0].text in " ".join(str(found).split()) or fault in found.to_json()
+
+
+@pytest.mark.parametrize(
+    ("plan", "method", "roles"),
+    [("rank:5,train=factors", "sara", "U, δ, V"), ("rank:5,sets=4", "mosara", "δ, the router")],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_trains_in_half_of_float32_is_named(plan: str, method: str, roles: str, dtype: torch.dtype) -> None:
+    model = plain(plan, 12, 10, method=method)
+    before = sarac.diagnose(model, facing(), loss=square)
+    assert (names(before), before.sites[0].dtypes) == ([], ("float32",) * len(before.sites[0].trains))
+    model.to(dtype)
+    (found,) = sarac.diagnose(model, facing().to(dtype), loss=square).findings
+    assert (found.name, found.value) == ("coarse", torch.finfo(dtype).eps / 4.0)
+    assert f"({roles}) is {str(dtype)[6:]}" in found.text
+    for parameter in model.parameters():  # as its sentence says
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    assert "coarse" not in names(sarac.diagnose(model, facing().to(dtype), loss=square))
 
 
 @pytest.mark.parametrize(

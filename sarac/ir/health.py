@@ -34,6 +34,7 @@ class Health:
     site: str
     method: str
     trains: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of what trains, in its order
     shape: tuple[int, ...]  # (out, in) or (parts, out, in)
     dtype: str
     rank: float  # of a stack the mean
@@ -89,8 +90,9 @@ def health(
         site=slot.site,
         method=adapter.method,
         trains=adapter.trainable,
+        dtypes=tuple(_name(held[role].dtype) for role in adapter.trainable),
         shape=(parts, out, inner) if parts else (out, inner),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=_name(weight.dtype),
         rank=sum(adapter.parts) / len(adapter.parts) if adapter.parts else adapter.rank,
         lr=adapter.lr,
         finite=all(bool(one.isfinite().all()) for one in (*own.values(), *grads.values())),
@@ -184,6 +186,10 @@ def whole(tensor: Tensor) -> Tensor:
 def _norm(grads: Iterable[Tensor]) -> float | None:
     found = [float(torch.linalg.vector_norm(grad, dtype=torch.float64)) for grad in grads]
     return math.hypot(*found) if found else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
