@@ -59,27 +59,46 @@ def _idle(one: Health) -> float | None:
     grads = one.grad or 0.0, one.router_grad if one.router_grad is not None else math.inf
     entropy = one.gates.entropy if one.gates else 0.0
     idle = entropy >= UNIFORM and grads[0] > 0.0 and grads[1] <= IDLE * grads[0]
-    return entropy if idle and _settled(one) else None
+    return entropy if idle and _settled(one) and not _fixed(one) else None
 
 
 def _blind(one: Health) -> float | None:
-    return one.gates.spread if one.gates and one.gates.spread < BLIND and _settled(one) else None
+    blind = one.gates is not None and one.gates.spread < BLIND and _settled(one) and not _fixed(one)
+    return one.gates.spread if one.gates and blind else None
 
 
 def _halves(one: Health) -> list[str]:
     """The roles of what trains in half of float32."""
-    return [role for role, dtype in zip(one.trains, one.dtypes, strict=True) if dtype in _HALVES]
+    return [role for role, dtype in zip(one.trains, one.dtypes, strict=True) if dtype in _HALVES and role not in one.standing]
 
 
 def _lost_step(one: Health) -> float | None:
     """The step, as a share of a value, under which nothing of it is kept: half a unit in the last place of the largest digits."""
-    return max((torch.finfo(getattr(torch, dtype)).eps / 4.0 for dtype in one.dtypes if dtype in _HALVES), default=None)
+    dtypes = [dtype for role, dtype in zip(one.trains, one.dtypes, strict=True) if role in _halves(one)]
+    return max((torch.finfo(getattr(torch, dtype)).eps / 4.0 for dtype in dtypes), default=None)
+
+
+def _fixed(one: Health) -> bool:
+    """Whether the router here cannot learn: what would follow from that is not told of it."""
+    return not one.standing.isdisjoint(("router", "router_in"))
 
 
 BROKEN = Rule(
     "not finite", lambda one: 1.0, sum,
     "{where}: what trains, or its gradient, holds NaN or Inf. Go back to the last good checkpoint and train at a lower rate, in "
     "bfloat16 or float32 rather than float16.",
+)  # fmt: skip
+STANDING = (
+    Rule(
+        "frozen", lambda one: float(len(one.frozen)) or None, sum,
+        "{where}: requires_grad is False for what the plan trains ({roles}), which therefore learns nothing. Set it to True "
+        "(requires_grad_) before the optimiser is made.", lambda one: one.frozen,
+    ),
+    Rule(
+        "left out", lambda one: float(len(one.lacking)) or None, sum,
+        "{where}: the optimiser lacks what the plan trains here ({roles}), which therefore learns nothing. Give it all "
+        "parameters that require gradients; of several optimisers give the Monitor all.", lambda one: one.lacking,
+    ),
 )  # fmt: skip
 COARSE = Rule(
     "coarse", _lost_step, max,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, Rule, named
+from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, STANDING, Rule, named
 from sarac.ir.health import Health
 from sarac.ir.record import TOO_LOW
 
@@ -46,7 +46,7 @@ def findings(sites: Sequence[Health], setting: Setting) -> tuple[Finding, ...]:
     """All findings, in the order: broken values, what trains, rank, scale, gradients, routers, memory."""
     broken, sound = [one for one in sites if not one.finite], [one for one in sites if one.finite]
     found = _of(broken, [BROKEN])
-    found += _of(sound, [COARSE])
+    found += [*_of(sound, STANDING), *_of(sound, [COARSE])]
     found += _of(sound, RANK)
     found += (slow := _unmoved(sound, setting)) or _of(sound, SCALE)
     faint = _gradients(sound, setting) if not broken else []
@@ -85,7 +85,8 @@ def _finding(
 
 
 def _unmoved(sites: Sequence[Health], setting: Setting) -> list[Finding]:
-    """Whether no shift anywhere moved by a tenth of what one step at the recommended rate moves it."""
+    """Whether no shift that trains moved by a tenth of what one step at the recommended rate moves it."""
+    sites = [one for one in sites if "shift" not in one.standing]
     trained = setting.steps >= PATIENCE if setting.steps is not None else any(one.largest > 0.0 for one in sites)
     if not trained or not sites or any(one.largest * TOO_LOW >= one.lr for one in sites):
         return []
@@ -100,12 +101,15 @@ def _unmoved(sites: Sequence[Health], setting: Setting) -> list[Finding]:
 
 def _faint(one: Health, sites: Sequence[Health]) -> bool:
     """Whether hardly a gradient reaches a site, where others have theirs or all were asked for it."""
+    if one.frozen == one.trains:  # nobody asked for one
+        return False
     top = max((other.grad or 0.0 for other in sites), default=0.0)
     return any(other.grad is not None for other in sites) and (one.grad or 0.0) <= VANISHING * top
 
 
 def _stuck(sites: Sequence[Health]) -> list[Finding]:
     top = max((one.largest for one in sites), default=0.0)
+    sites = [one for one in sites if "shift" not in one.standing]
     found = [one for one in sites if top >= MOVED and one.largest <= STUCK * top and not _faint(one, sites)]
     text = f"{{where}}: no |δ| is beyond {{value:.1e}} while other weights' reach {top:.3g}, though gradients arrive. Give the "
     text += "optimiser all parameters that require gradients, at one rate."
@@ -123,8 +127,8 @@ def _gradients(sites: Sequence[Health], setting: Setting) -> list[Finding]:
         found.append(_finding("exploding", [one for one in sites if (one.grad or 0.0) >= top / 2.0], norm, text))
     faint = [one for one in sites if _faint(one, sites)]
     if faint:
-        text = "{where}: hardly a gradient arrives (norm {value:.1e}). Look whether the inputs reach these weights, whether the "
-        text += "loss depends on them, and whether their adapters require gradients; else leave them out with `where`."
+        text = "{where}: hardly a gradient arrives (norm {value:.1e}). Look whether the inputs reach these weights, and whether "
+        text += "the loss depends on them; else leave them out with `where`."
         found.append(_finding("vanishing", faint, max(one.grad or 0.0 for one in faint), text))
     return found
 

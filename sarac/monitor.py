@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,14 @@ from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 from sarac.ir.processes import first
 from sarac.ir.record import peak_rate
-from sarac.survey import base_bytes, keeping, losses, measured, most_tokens, require_adapters, room, unwrapped
+from sarac.survey import base_bytes, keeping, lacking, losses, measured, most_tokens, require_adapters, room, unwrapped
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 else:  # two seconds of imports that `import sarac` is not to wait for: the Trainer asks for the events, not for the class
     TrainerCallback = object
+
+Group = Mapping[str, Any]  # of an optimiser's parameters, with their rate
 
 
 class Monitor(TrainerCallback):
@@ -52,14 +54,18 @@ class Monitor(TrainerCallback):
         self._norms: dict[str, float] = {}
         self._kept: tuple[Any, tuple[dict[str, int], dict[str, str]]] = (None, ({}, {}))
         self._clipped: float | None = None
+        self._lacking: Mapping[str, tuple[str, ...]] = {}
 
-    def step(self, model: nn.Module, step: int, *, optimizer: torch.optim.Optimizer | None = None) -> Diagnosis | None:
+    def step(
+        self, model: nn.Module, step: int, *, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None
+    ) -> Diagnosis | None:
         """Call this at every step between backward and optimizer.step(), with how many steps were taken; what was recorded.
 
-        Routers are seen from the second record on, or on `batch`.
+        `optimizer`: the one that trains the adapters, or all such: what none of them has is told. Routers are seen from the
+        second record on, or on `batch`.
         """
         model = unwrapped(model)
-        found = self._record(model, step, _rate(optimizer)) if step % self.every == 0 else None
+        found = self._record(model, step, _groups(optimizer)) if step % self.every == 0 else None
         if (step + 1) % self.every == 0:
             self._begin(model)
         return found
@@ -67,7 +73,7 @@ class Monitor(TrainerCallback):
     def finish(self, model: nn.Module, step: int | None = None) -> Diagnosis:
         """Record once more, with what merging would lose to rounding, which takes as long as a fold."""
         model, last = unwrapped(model), self.history[-1].step if self.history else None
-        return self._record(model, step if step is not None else last or 0, None, ends=True)
+        return self._record(model, step if step is not None else last or 0, (), ends=True)
 
     def to_json(self) -> str:
         """All records as JSON text."""
@@ -98,7 +104,7 @@ class Monitor(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record, while the gradients are there: as the Trainer has clipped them."""
         if state.global_step % self.every == 0:
-            self._record(unwrapped(kwargs["model"]), state.global_step, _rate(kwargs.get("optimizer")))
+            self._record(unwrapped(kwargs["model"]), state.global_step, _groups(kwargs.get("optimizer")))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Keep the gradients' norm before clipping, of which the next record tells."""
@@ -114,7 +120,7 @@ class Monitor(TrainerCallback):
         if self.batch is None:
             self._watch = self._open.enter_context(watching(model))
 
-    def _record(self, model: nn.Module, step: int, rate: float | None, *, ends: bool = False) -> Diagnosis:
+    def _record(self, model: nn.Module, step: int, groups: Sequence[Group], *, ends: bool = False) -> Diagnosis:
         require_adapters(model)
         self._open.close()
         watch = (self._watch or Watch(model)) if self.batch is None else _seen(model, self.batch)
@@ -128,12 +134,19 @@ class Monitor(TrainerCallback):
             self._kept = key, keeping(model, sites)
         kept, schedules = self._kept[1]
         lost = losses(model, self._means) if ends else {}
+        self._lacking = self._lacking if ends else lacking(model, groups)
         sites = tuple(
-            replace(one, kept=kept.get(one.site, 0), lost=lost.get(one.site) if one.finite else None) for one in sites
-        )  # fmt: skip
+            replace(
+                one,
+                lacking=self._lacking.get(one.site, ()),
+                kept=kept.get(one.site, 0),
+                lost=lost.get(one.site) if one.finite else None,
+            )
+            for one in sites
+        )
         size = base_bytes(model)
         limit = room(size) if self.memory is None else self.memory
-        setting = Setting(limit, size, step, rate, self._clipped, schedules)
+        setting = Setting(limit, size, step, _rate(groups), self._clipped, schedules)
         found = Diagnosis(type(model).__name__, sites, findings(sites, setting), most_tokens(sites), step=step)
         self._keep(found)
         return found
@@ -164,9 +177,14 @@ def _seen(model: nn.Module, inputs: Inputs) -> Watch:
     return watch
 
 
-def _rate(optimizer: Any) -> float | None:
+def _groups(optimizer: Any) -> list[Group]:
+    """The groups of parameters of an optimiser, of several, or of none."""
+    several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+    return [group for one in several for group in getattr(one, "param_groups", ())]
+
+
+def _rate(groups: Sequence[Group]) -> float | None:
     """The highest rate at which adapters train; None where no optimiser is at hand that has them."""
-    groups = getattr(optimizer, "param_groups", ())
     return max((peak_rate(group) for group in groups if any(hasattr(p, "_sara_lr") for p in group["params"])), default=None)
 
 

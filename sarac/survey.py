@@ -1,6 +1,7 @@
 """The figures of all sites of an adapted model together: those of sarac.ir.health, what calls keep, what a merge would lose."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,6 +39,22 @@ def require_adapters(model: nn.Module) -> None:
 def measured(model: nn.Module, watch: Watch, gradient: Gradient, sizes: Mapping[str, float]) -> tuple[Health, ...]:
     """The figures of every site but what it keeps and what merging would lose; `sizes` are ‖W‖ by site."""
     return tuple(health(module, slot, sizes[slot.site], watch, gradient) for module, slot in slots(model))
+
+
+def lacking(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """By site the roles of what trains that no group of the optimisers has; none where they have nothing of any adapter.
+
+    Those that hold other tensors than the model's, flat parts of them, tell nothing.
+    """
+    held = {id(one) for group in groups for one in group["params"]}
+    wanted = {
+        slot.site: {role: tensors[role] for role in slot.adapter.trainable if tensors[role].requires_grad}
+        for module, slot in slots(model)
+        if (tensors := slot.tensors(module))
+    }
+    if held.isdisjoint(id(one) for roles in wanted.values() for one in roles.values()):
+        return {}
+    return {site: tuple(role for role, one in roles.items() if id(one) not in held) for site, roles in wanted.items()}
 
 
 def most_tokens(sites: Sequence[Health]) -> int:

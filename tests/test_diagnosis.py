@@ -103,6 +103,10 @@ def frozen(model: Model) -> None:
     next(slots(model))[0].sara_shift.requires_grad_(False)
 
 
+def unseen(model: Model) -> None:
+    model[1] = nn.Threshold(math.inf, 0.5)  # in place of the activation: the loss depends on what follows alone
+
+
 def floor(model: Model) -> Model:
     linear = nn.Linear(20, 16)
     linear.weight.data = torch.randn(16, 4) @ torch.randn(4, 20)
@@ -126,7 +130,8 @@ PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]]
         r"\(δ\) is bfloat16, .* under 0\.20%",
     ),
     "stuck": (plain, stuck, "0.weight", r"beyond 0\.0e\+00 while other weights' reach 0\.\d+"),
-    "vanishing": (plain, frozen, "0.weight", r"hardly a gradient arrives \(norm 0\.0e\+00\)"),
+    "frozen": (plain, frozen, "0.weight", r"requires_grad is False for what the plan trains \(δ\)"),
+    "vanishing": (plain, unseen, "0.weight", r"hardly a gradient arrives \(norm 0\.0e\+00\)"),
 }
 
 
@@ -144,6 +149,71 @@ def test_planted_fault_is_found_and_no_other(fault: str) -> None:
     assert kind in found.findings[0].text
     assert re.search(said, found.findings[0].text), found.findings[0].text
     assert found.findings[0].text in " ".join(str(found).split()) or fault in found.to_json()
+
+
+PARTS: list[tuple[str, str, tuple[str, ...], str]] = [
+    # a plan, its method, the roles that do not train, how they are called
+    ("rank:5,sets=4", "mosara", ("router",), "the router"),
+    ("rank:5,sets=4,bottleneck=2", "mosara", ("router", "router_in"), "the router, the router's bottleneck"),
+    ("rank:5,sets=4", "mosara", ("shift",), "δ"),
+    ("rank:5,train=factors", "sara", ("u", "v"), "U, V"),
+    ("rank:5,train=factors", "sara", ("shift",), "δ"),
+]
+
+
+@pytest.mark.parametrize(("plan", "method", "roles", "said"), PARTS)
+def test_frozen_part_is_named(plan: str, method: str, roles: tuple[str, ...], said: str) -> None:
+    model = plain(plan, 12, 10, method=method)
+    assert names(sarac.diagnose(model, facing(), loss=square)) == []
+    module, slot = next(slots(model))
+    for role in roles:
+        slot.tensors(module)[role].requires_grad_(False)
+    (found,) = sarac.diagnose(model, facing(), loss=square).findings
+    assert (found.name, found.value, found.sites) == ("frozen", float(len(roles)), ("0.weight",))
+    assert f"({said})" in found.text
+
+
+def test_router_that_another_site_has_is_not_judged_where_it_is_borrowed() -> None:
+    model = shake(sarac.transform(base(), "threshold:0.6,sets=2,router_scope=group", method="mosara", example_inputs=words()))
+    assert names(sarac.diagnose(model, words())) == []
+    for module, slot in slots(model):
+        if "router" in slot.adapter.trainable:
+            slot.tensors(module)["router"].requires_grad_(False)
+    (found,) = sarac.diagnose(model, words()).findings
+    owners = {slot.site for _, slot in slots(model) if "router" in slot.adapter.trainable}
+    assert 0 < len(owners) < len(list(slots(model)))
+    assert (found.name, f"({len(owners)} sites)" in found.text) == ("frozen", True)
+
+
+@pytest.mark.parametrize(("plan", "method", "roles", "said"), PARTS)
+def test_part_that_the_optimiser_lacks_is_named(plan: str, method: str, roles: tuple[str, ...], said: str) -> None:
+    model, x = plain(plan, 12, 10, method=method), facing()
+    module, slot = next(slots(model))
+    lacking = {id(slot.tensors(module)[role]) for role in roles}
+    whole = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    part = torch.optim.Adam([p for p in model.parameters() if p.requires_grad and id(p) not in lacking], lr=1e-2)
+    rest = torch.optim.Adam([p for p in model.parameters() if id(p) in lacking], lr=1e-2)
+    other = torch.optim.Adam(nn.Linear(3, 3).parameters())  # knows nothing of adapters: nor does the Monitor of theirs
+    monitor = sarac.Monitor(every=1, batch=x)
+    square(model(x)).backward()
+    for step, sound in enumerate((whole, [part, rest], None, other)):
+        assert names(monitor.step(model, step, optimizer=sound)) == []  # type: ignore[arg-type]
+    with pytest.warns(sarac.SaracWarning, match="left out"):
+        found = monitor.step(model, 4, optimizer=part)
+    assert found is not None
+    assert [(one.name, one.sites) for one in found.findings] == [("left out", ("0.weight",))]
+    assert f"lacks what the plan trains here ({said})" in found.findings[0].text
+    assert names(monitor.finish(model, 5)) == ["left out"]
+
+
+def test_trainer_whose_optimiser_lacks_a_part(tmp_path: Path) -> None:
+    model = fresh("mosara")
+    run = trainer(model, tmp_path, save_strategy="no", max_steps=2)
+    given = [one for name, one in model.named_parameters() if one.requires_grad and "router" not in name]
+    run.optimizer = torch.optim.Adam(given, lr=1e-2)
+    run.add_callback(sarac.Monitor(every=1))
+    with pytest.warns(sarac.SaracWarning, match=r"At step 0, left out: .*\(the router\)"):
+        run.train()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Health:
     method: str
     trains: tuple[str, ...]
     dtypes: tuple[str, ...]  # of what trains, in its order
+    frozen: tuple[str, ...]  # of what trains, what requires no gradient
     shape: tuple[int, ...]  # (out, in) or (parts, out, in)
     dtype: str
     rank: float  # of a stack the mean
@@ -55,8 +56,14 @@ class Health:
     factors: int  # bytes of the frozen rest: U, V and s
     base: int  # bytes of the weight
     tokens: int  # rows of the call that was seen last
+    lacking: tuple[str, ...] = ()  # of what trains, what the optimiser has not, where that is known
     kept: int = 0  # bytes from the forward to the backward
     lost: float | None = None  # the share ‖round(W + Δ) - W - Δ‖ / ‖Δ‖ of Δ that merging into the weight's dtype loses
+
+    @property
+    def standing(self) -> set[str]:
+        """The roles of what should train and does not."""
+        return {*self.frozen, *self.lacking}
 
     @property
     def kind(self) -> str:
@@ -90,6 +97,7 @@ def health(
         site=slot.site,
         method=adapter.method,
         trains=adapter.trainable,
+        frozen=tuple(role for role in adapter.trainable if not held[role].requires_grad),
         dtypes=tuple(_name(held[role].dtype) for role in adapter.trainable),
         shape=(parts, out, inner) if parts else (out, inner),
         dtype=_name(weight.dtype),
