@@ -114,7 +114,8 @@ RANK = (
     ),
     Rule(
         "full rank", lambda one: one.share if one.share >= NEARLY_FULL and min(one.shape[-2:]) >= SMALL else None, max,
-        "{where}: k is up to {value:.0%} of min(out, in), so that U and V take more room than the weight. Lower the threshold.",
+        "{where}: k is up to {value:.0%} of min(out, in), so that U and V take more room than the weight, and operations as "
+        "well; more is forgotten. Where the task alone counts that buys quality; a lower threshold costs less.",
     ),
     Rule(
         "low rank",
@@ -154,7 +155,7 @@ ROUTER = (
     Rule(
         "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE and _settled(o) else None), max,
         "{where}: the sets are the same, with a cosine of up to {value:.4f}, so the router cannot choose. Take sets=1, or "
-        "router=hard or topk:1, which train them on different tokens.",
+        "router=topk:1, which trains them on different tokens.",
     ),
     Rule(
         "idle router", _routed(_idle), max,

@@ -18,6 +18,7 @@ from user.test_trainer import trainer
 from zoo import CALLS, Own, Shared, TiedHead, close, ids, mlp, require_untouched, shake, snapshot
 
 import sarac
+from sarac import faults
 from sarac.diagnosis import Diagnosis
 from sarac.findings import Setting, findings
 from sarac.ir.gates import slots
@@ -117,7 +118,7 @@ PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]]
     # the sound model, what is planted, the finding's kind, what its sentence says
     "not finite": (plain, nan, "0.weight", "NaN or Inf"),
     "floored": (lambda: plain("rank:4"), floor, "0.weight", r"up to 2 of the k directions"),
-    "full rank": (plain, lambda _: plain("threshold:1.0"), "0.weight", r"k is up to 100% .* Lower the threshold"),
+    "full rank": (plain, lambda _: plain("threshold:1.0"), "0.weight", r"k is up to 100% .* forgotten\. Where the task alone"),
     "low rank": (plain, lambda _: plain("rank:1", 96, 96), "0.weight", r"as little as \d\.\d% of Σ s²"),
     "still": (plain, still, "0.weight", r"up to 75% of the shifts did not move"),
     "far": (plain, far, "0.weight", r"up to 1\.5\. .* lower the learning rate"),
@@ -314,7 +315,7 @@ def zero(model: Model) -> None:
 ROUTING: dict[str, tuple[str, Callable[[Model], None], str]] = {
     "collapsed": ("", lambda model: towards(model, 2, 40.0), r"one set up to \d+\.\d% of all gates"),
     "dead sets": ("", lambda model: towards(model, 2, -40.0), r"up to 1 sets get less than a tenth"),
-    "alike": ("", alike, r"cosine of up to 1\.0000"),
+    "alike": ("", alike, r"cosine of up to 1\.0000, .* Take sets=1, or router=topk:1"),
     "idle router": (",bottleneck=2", zero, r"entropy 1\.0000 of log\(sets\)"),
     "blind router": ("", zero, r"the same whatever the input"),
 }
@@ -332,6 +333,12 @@ def test_planted_fault_of_a_router_is_found_and_no_other(fault: str) -> None:
     found = sarac.diagnose(model, facing(), loss=square)
     assert names(found) == [fault]
     assert re.search(said, found.findings[0].text), found.findings[0].text
+
+
+def test_no_sentence_sends_to_the_hard_router() -> None:
+    rules = [one for group in vars(faults).values() if isinstance(group, tuple) for one in group if isinstance(one, faults.Rule)]
+    assert len(rules) >= 10
+    assert [one.name for one in rules if "router=hard" in one.text] == []
 
 
 def test_untrained_router_is_no_fault() -> None:
