@@ -21,7 +21,7 @@ from sarac.ir.errors import InputError, RewriteError
 from sarac.ir.gates import slots, watching
 from sarac.ir.health import Health, norms
 from sarac.ir.inputs import Inputs
-from sarac.survey import base_bytes, keeping, losses, measured, most_tokens, require_adapters, room, unwrapped
+from sarac.survey import base_bytes, keeping, losses, measured, most_tokens, require_adapters, require_room, room, unwrapped
 from sarac.tables import as_text
 
 Row = dict[str, Any]
@@ -104,6 +104,7 @@ def diagnose(
     """
     model = unwrapped(model)
     require_adapters(model)
+    require_room(memory)
     inputs = Inputs.of(batch).to(next(model.parameters()).device)
     with _apart(model) as own, watching(own) as watch:
         value, grads = _backward(own, inputs, loss)

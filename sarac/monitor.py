@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,18 @@ from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 from sarac.ir.processes import first
 from sarac.ir.record import peak_rate
-from sarac.survey import base_bytes, keeping, lacking, losses, measured, most_tokens, require_adapters, room, unwrapped
+from sarac.survey import (
+    base_bytes,
+    keeping,
+    lacking,
+    losses,
+    measured,
+    most_tokens,
+    require_adapters,
+    require_room,
+    room,
+    unwrapped,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -42,9 +54,9 @@ class Monitor(TrainerCallback):
     def __init__(
         self, every: int = 50, batch: Any = None, file: str | Path | None = None, *, memory: float | None = None
     ) -> None:
-        if every < 1:
-            raise InputError(f"every={every} is no number of steps: give 1 or more.")
-        self.every, self.batch, self.memory = every, None if batch is None else Inputs.of(batch), memory
+        _require_steps(every)
+        require_room(memory)
+        self.every, self.batch, self.memory = int(every), None if batch is None else Inputs.of(batch), memory
         self.file = None if file is None else Path(file)
         self.history: list[Diagnosis] = []
         self.findings: dict[str, Finding] = {}  # by name, as they first came up
@@ -166,6 +178,12 @@ class Monitor(TrainerCallback):
                 self.findings[one.name] = one
                 if first():
                     warnings.warn(f"At step {found.step}, {one.name}: {one.text}", SaracWarning, stacklevel=4)
+
+
+def _require_steps(every: Any) -> None:
+    """Raise InputError where no step, or a step between two, would be meant."""
+    if not (isinstance(every, Integral) and type(every) is not bool and int(every) >= 1):
+        raise InputError(f"every={every!r} is no number of steps: give a whole one, 1 or more.")
 
 
 def _seen(model: nn.Module, inputs: Inputs) -> Watch:

@@ -1,11 +1,12 @@
 """The figures of all sites of an adapted model together: those of sarac.ir.health, what calls keep, what a merge would lose."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
-from sarac.ir.errors import CheckFailed, RewriteError
+from sarac.ir.errors import CheckFailed, InputError, RewriteError
 from sarac.ir.gates import Watch, slots
 from sarac.ir.graph import ModelGraph
 from sarac.ir.health import Health, equal_gates, health
@@ -93,6 +94,14 @@ def losses(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, float]:
         except CheckFailed:
             continue
     return {site: one.surviving_delta for site, one in graph.folded.items()}
+
+
+def require_room(memory: Any) -> None:
+    """Raise InputError where `memory` is neither a number of bytes nor left out."""
+    if memory is not None and not (isinstance(memory, Real) and type(memory) is not bool and float(memory) >= 0.0):
+        raise InputError(
+            f"memory={memory!r} is no number of bytes: give 0 or more, or leave it out for as many as the model has."
+        )
 
 
 def room(size: int) -> int:

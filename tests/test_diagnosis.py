@@ -627,9 +627,25 @@ def test_monitor_knows_what_gradients_were_before_they_were_clipped() -> None:
     monitor.on_epoch_end(None, None, None, model=model)  # events that it has no use for
 
 
+@pytest.mark.parametrize("every", [0, -2, 1.5, 2.0, True, "5", None, math.nan])
+def test_monitor_refuses_what_is_no_number_of_steps(every: Any) -> None:
+    with pytest.raises(sarac.InputError, match=rf"every={every!r} is no number of steps: give a whole one, 1 or more\."):
+        sarac.Monitor(every=every)
+    assert sarac.Monitor(every=torch.tensor(3).numpy()[()]).every == 3
+
+
+@pytest.mark.parametrize("memory", [-1, -0.5, math.nan, "1 GB", True])
+def test_memory_that_is_no_number_of_bytes_is_refused(memory: Any) -> None:
+    said = rf"memory={memory!r} is no number of bytes: give 0 or more, or leave it out"
+    with pytest.raises(sarac.InputError, match=said):
+        sarac.Monitor(memory=memory)
+    with pytest.raises(sarac.InputError, match=said):
+        sarac.diagnose(plain(), torch.randn(9, 24), loss=square, memory=memory)
+    assert names(sarac.diagnose(plain(), torch.randn(9, 24), loss=square, memory=math.inf)) == []
+    assert names(sarac.diagnose(plain(), torch.randn(9, 24), loss=square, memory=0)) == ["memory"]
+
+
 def test_monitor_says_what_it_cannot_do(tmp_path: Path) -> None:
-    with pytest.raises(sarac.InputError, match="every=0"):
-        sarac.Monitor(every=0)
     monitor = sarac.Monitor(file=tmp_path / "nowhere" / "log.jsonl")
     with pytest.raises(sarac.InputError, match="Nothing was recorded yet"):
         monitor.plot()
