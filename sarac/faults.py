@@ -13,6 +13,7 @@ COVERED = 0.1  # of Σ s²: shifts of less can hardly change the weight
 LARGE, STILL = 0.3, 0.5  # a large shift, and how many of one site may stay behind it
 BEYOND = 0.01  # of the shifts: a few are of 1 and more after many good steps
 LOST = 0.25  # of a delta, by rounding
+FAR_TOO_LOW = 100.0  # times below the recommended rate
 UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's gradient over its site's
 COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.999  # the share of one set, the spread of gates, the cosine of sets
 ENOUGH = 10  # tokens a set: of fewer a set may get none by chance
@@ -83,6 +84,12 @@ def _fixed(one: Health) -> bool:
     return not one.standing.isdisjoint(("router", "router_in"))
 
 
+def _slow(one: Health) -> dict[str, float]:
+    """The rates that are far too low, by role."""
+    known = {role: rate for role, rate in zip(one.trains, one.rates, strict=False) if rate is not None}
+    return {role: rate for role, rate in known.items() if rate * FAR_TOO_LOW < one.lr and role not in one.standing}
+
+
 BROKEN = Rule(
     "not finite", lambda one: 1.0, sum,
     "{where}: what trains, or its gradient, holds NaN or Inf. Go back to the last good checkpoint and train at a lower rate, in "
@@ -140,6 +147,12 @@ SCALE = (
         "{where}: merged into {dtype}, up to {value:.0%} of the delta is lost to rounding. Merge in float32 (model.float() "
         "before sarac.fold, or dtype='fp32' in sarac.export), or train on until the shifts are larger.",
     ),
+)  # fmt: skip
+SLOW = Rule(
+    "slow", lambda one: min(_slow(one).values(), default=None), min,
+    "{where}: the optimiser's rate for what trains ({roles}) was {value:g} at most so far, under a hundredth of the recommended "
+    "{wanted:g}, at which hardly anything is learnt however long the run. Give it sarac.recommended_lr(model).",
+    lambda one: tuple(_slow(one)),
 )  # fmt: skip
 ROUTER = (
     Rule(

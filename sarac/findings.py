@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, STANDING, Rule, named
+from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, SLOW, STANDING, Rule, named
 from sarac.ir.health import Health
 from sarac.ir.record import TOO_LOW
 
@@ -48,9 +48,11 @@ def findings(sites: Sequence[Health], setting: Setting) -> tuple[Finding, ...]:
     found = _of(broken, [BROKEN])
     found += [*_of(sound, STANDING), *_of(sound, [COARSE])]
     found += _of(sound, RANK)
-    found += (slow := _unmoved(sound, setting)) or _of(sound, SCALE)
+    still = _unmoved(sound, setting)
+    slow = [] if still else [one for one in sound if SLOW.value(one) is not None]
+    found += still or [*_of(slow, [SLOW]), *_of([one for one in sound if one not in slow], SCALE)]
     faint = _gradients(sound, setting) if not broken else []
-    found += faint if slow else [*_stuck(sound), *faint]
+    found += faint if still or slow else [*_stuck(sound), *faint]
     found += _of(sound, ROUTER)
     full = {kind for one in found if one.name == "full rank" for kind in one.sites}
     return (*found, *_memory(sites, setting, full))
@@ -80,8 +82,9 @@ def _finding(
     where = f"{shown} ({len(sites)} site{'s' if len(sites) > 1 else ''})"
     meant = [(role, dtype) for one in sites for role, dtype in zip(one.trains, one.dtypes, strict=True) if role in roles(one)]
     words = {"where": where, "dtype": sites[0].dtype, "roles": named([role for role, _ in meant])}
+    wanted = min(one.lr for one in sites)
     stored = ", ".join(dict.fromkeys(dtype for _, dtype in meant))
-    return Finding(name, kinds, value, text.format(value=value, stored=stored, **words))
+    return Finding(name, kinds, value, text.format(value=value, wanted=wanted, stored=stored, **words))
 
 
 def _unmoved(sites: Sequence[Health], setting: Setting) -> list[Finding]:

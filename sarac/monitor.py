@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sarac import charts
 from sarac.diagnosis import Diagnosis
-from sarac.findings import Finding, Setting, findings
+from sarac.findings import PATIENCE, Finding, Setting, findings
 from sarac.ir.errors import CheckpointError, InputError, SaracWarning
 from sarac.ir.gates import Watch, watching
 from sarac.ir.health import norms
@@ -25,13 +25,13 @@ from sarac.ir.record import peak_rate
 from sarac.survey import (
     base_bytes,
     keeping,
-    lacking,
     losses,
     measured,
     most_tokens,
     require_adapters,
     require_room,
     room,
+    trained,
     unwrapped,
 )
 
@@ -41,6 +41,28 @@ else:  # two seconds of imports that `import sarac` is not to wait for: the Trai
     TrainerCallback = object
 
 Group = Mapping[str, Any]  # of an optimiser's parameters, with their rate
+
+
+class Rates:
+    """The highest rate so far of each of an optimiser's groups, and since when: one that still rises is a warm-up's."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._highest: dict[int, tuple[float, int]] = {}  # by a group's first parameter: its rate, and the step
+
+    def follow(self, groups: Sequence[Group], step: int) -> None:
+        """Take a step's rates; of a run that was seen late that of its schedule too, from which they may have fallen."""
+        self._first = step if self._first is None else self._first
+        for group in groups:
+            key = id(next(iter(group["params"]), None))
+            rate = peak_rate(group) if self._first > 1 else float(group["lr"])
+            if key not in self._highest or rate > self._highest[key][0]:
+                self._highest[key] = rate, step
+
+    def highest(self, groups: Sequence[Group], step: int) -> dict[int, float]:
+        """By parameter the highest rate of its group, where it has stood for long enough to be judged."""
+        found = [(group, *self._highest.get(id(next(iter(group["params"]), None)), (0.0, step))) for group in groups]
+        return {id(one): rate for group, rate, since in found if step - since >= PATIENCE for one in group["params"]}
 
 
 class Monitor(TrainerCallback):
@@ -66,18 +88,20 @@ class Monitor(TrainerCallback):
         self._norms: dict[str, float] = {}
         self._kept: tuple[Any, tuple[dict[str, int], dict[str, str]]] = (None, ({}, {}))
         self._clipped: float | None = None
-        self._lacking: Mapping[str, tuple[str, ...]] = {}
+        self._rates = Rates()
+        self._trained: Mapping[str, Mapping[str, Any]] = {}  # by site, what the optimiser said last
 
     def step(
         self, model: nn.Module, step: int, *, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None
     ) -> Diagnosis | None:
         """Call this at every step between backward and optimizer.step(), with how many steps were taken; what was recorded.
 
-        `optimizer`: the one that trains the adapters, or all such: what none of them has is told. Routers are seen from the
-        second record on, or on `batch`.
+        `optimizer`: the one that trains the adapters, or all such: what none of them has is told, and far too low rates.
+        Routers are seen from the second record on, or on `batch`.
         """
-        model = unwrapped(model)
-        found = self._record(model, step, _groups(optimizer)) if step % self.every == 0 else None
+        model, groups = unwrapped(model), _groups(optimizer)
+        self._rates.follow(groups, step)
+        found = self._record(model, step, groups) if step % self.every == 0 else None
         if (step + 1) % self.every == 0:
             self._begin(model)
         return found
@@ -115,8 +139,10 @@ class Monitor(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record, while the gradients are there: as the Trainer has clipped them."""
+        groups = _groups(kwargs.get("optimizer"))
+        self._rates.follow(groups, state.global_step)
         if state.global_step % self.every == 0:
-            self._record(unwrapped(kwargs["model"]), state.global_step, _groups(kwargs.get("optimizer")))
+            self._record(unwrapped(kwargs["model"]), state.global_step, groups)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Keep the gradients' norm before clipping, of which the next record tells."""
@@ -146,13 +172,13 @@ class Monitor(TrainerCallback):
             self._kept = key, keeping(model, sites)
         kept, schedules = self._kept[1]
         lost = losses(model, self._means) if ends else {}
-        self._lacking = self._lacking if ends else lacking(model, groups)
+        self._trained = self._trained if ends else trained(model, groups, self._rates.highest(groups, step))
         sites = tuple(
             replace(
                 one,
-                lacking=self._lacking.get(one.site, ()),
                 kept=kept.get(one.site, 0),
                 lost=lost.get(one.site) if one.finite else None,
+                **self._trained.get(one.site, {}),
             )
             for one in sites
         )
@@ -182,7 +208,7 @@ class Monitor(TrainerCallback):
 
 def _require_steps(every: Any) -> None:
     """Raise InputError where no step, or a step between two, would be meant."""
-    if not (isinstance(every, Integral) and type(every) is not bool and int(every) >= 1):
+    if isinstance(every, bool) or not isinstance(every, Integral) or int(every) < 1:
         raise InputError(f"every={every!r} is no number of steps: give a whole one, 1 or more.")
 
 

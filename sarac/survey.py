@@ -42,20 +42,24 @@ def measured(model: nn.Module, watch: Watch, gradient: Gradient, sizes: Mapping[
     return tuple(health(module, slot, sizes[slot.site], watch, gradient) for module, slot in slots(model))
 
 
-def lacking(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """By site the roles of what trains that no group of the optimisers has; none where they have nothing of any adapter.
+def trained(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], rates: Mapping[int, float]
+) -> dict[str, dict[str, tuple[Any, ...]]]:  # fmt: skip
+    """By site, of what trains: what the optimisers' groups lack, and the rates, which are given by tensor.
 
-    Those that hold other tensors than the model's, flat parts of them, tell nothing.
+    Optimisers that have nothing of any adapter tell nothing: they are another part's, or hold flat pieces of what trains.
     """
     held = {id(one) for group in groups for one in group["params"]}
-    wanted = {
-        slot.site: {role: tensors[role] for role in slot.adapter.trainable if tensors[role].requires_grad}
-        for module, slot in slots(model)
-        if (tensors := slot.tensors(module))
-    }
-    if held.isdisjoint(id(one) for roles in wanted.values() for one in roles.values()):
+    roles = {slot.site: {role: slot.tensors(module)[role] for role in slot.adapter.trainable} for module, slot in slots(model)}
+    if held.isdisjoint(id(one) for own in roles.values() for one in own.values()):
         return {}
-    return {site: tuple(role for role, one in roles.items() if id(one) not in held) for site, roles in wanted.items()}
+    return {
+        site: {
+            "lacking": tuple(role for role, one in own.items() if one.requires_grad and id(one) not in held),
+            "rates": tuple(rates.get(id(one)) for one in own.values()),
+        }
+        for site, own in roles.items()
+    }
 
 
 def most_tokens(sites: Sequence[Health]) -> int:
@@ -98,7 +102,9 @@ def losses(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, float]:
 
 def require_room(memory: Any) -> None:
     """Raise InputError where `memory` is neither a number of bytes nor left out."""
-    if memory is not None and not (isinstance(memory, Real) and type(memory) is not bool and float(memory) >= 0.0):
+    if memory is None:
+        return
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not float(memory) >= 0.0:
         raise InputError(
             f"memory={memory!r} is no number of bytes: give 0 or more, or leave it out for as many as the model has."
         )

@@ -594,6 +594,65 @@ def test_monitor_warns_once_of_each_finding(tmp_path: Path) -> None:
     assert [bool(one.findings) for one in monitor.history] == [False, False, False, True, True, True, True]
 
 
+def steps(rate: Callable[[int], float], count: int, start: int = 0, begin: float | None = None) -> sarac.Monitor:
+    """A long run's records: the shifts have moved, however slowly; the rate is that of the schedule at each step."""
+    model, monitor = plain("rank:8,train=factors"), sarac.Monitor(every=5)
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=1.0)
+    square(model(torch.randn(9, 24))).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sarac.SaracWarning)
+        for step in range(start, start + count):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            if begin is not None:
+                optimizer.param_groups[0]["initial_lr"] = begin
+            monitor.step(model, step, optimizer=optimizer)
+        monitor.finish(model, start + count)
+    return monitor
+
+
+WANTED = sarac.recommended_lr(plain("rank:8,train=factors"))
+RATES: dict[str, tuple[Callable[[int], float], dict[str, Any], bool]] = {
+    # the rate by step, further options, whether it is far too low
+    "low": (lambda step: WANTED / 101, {}, True),
+    "low in a loop that counts from 1": (lambda step: WANTED / 101, {"start": 1}, True),
+    "just enough": (lambda step: WANTED / 99, {}, False),
+    "a warm-up": (lambda step: WANTED * step / 4000, {}, False),
+    "a warm-up to too little": (lambda step: min(WANTED * step / 4000, WANTED / 400), {}, True),
+    "a rate that has fallen": (lambda step: WANTED * 0.5**step, {}, False),
+    "resumed where it has fallen": (lambda step: WANTED / 1000, {"start": 900, "begin": WANTED}, False),
+    "a schedule that starts high and asks for little": (lambda step: WANTED / 1000, {"begin": WANTED}, True),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rate_that_is_far_too_low_for_however_long_a_run(name: str) -> None:
+    rate, options, low = RATES[name]
+    monitor = steps(rate, 30, **options)
+    assert list(monitor.findings) == (["slow"] if low else [])
+    if not low:
+        return
+    found = monitor.findings["slow"]
+    highest = max(rate(step) for step in range(30))
+    assert f"{highest:g} at most so far" in found.text
+    assert f"recommended {WANTED:g}" in found.text
+    assert found.value == highest
+    first = [bool(one.findings) for one in monitor.history].index(True)
+    assert 10 <= (monitor.history[first].step or 0) <= 25
+    assert names(monitor.history[-1]) == ["slow"]
+
+
+def test_rate_of_one_part_that_is_far_too_low() -> None:
+    model = plain("rank:8", method="mosara")
+    square(model(torch.randn(60, 24))).backward()
+    router = [one for name, one in model.named_parameters() if "router" in name]
+    others = [one for name, one in model.named_parameters() if "shift" in name]
+    optimizer = torch.optim.Adam([{"params": router, "lr": 5e-5}, {"params": others, "lr": 1e-2}])
+    monitor = sarac.Monitor(every=10, batch=torch.randn(60, 24))
+    assert names(monitor.step(model, 0, optimizer=optimizer)) == []  # type: ignore[arg-type]
+    with pytest.warns(sarac.SaracWarning, match=r"slow: .*\(the router\)"):
+        monitor.step(model, 10, optimizer=optimizer)
+
+
 def test_monitor_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     model, monitor = plain(method="mosara"), sarac.Monitor(every=2, file=tmp_path / "log.jsonl")
     optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=1e-2)

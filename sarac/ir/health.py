@@ -57,6 +57,7 @@ class Health:
     base: int  # bytes of the weight
     tokens: int  # rows of the call that was seen last
     lacking: tuple[str, ...] = ()  # of what trains, what the optimiser has not, where that is known
+    rates: tuple[float | None, ...] = ()  # of what trains, in its order: the highest so far, where it can be judged
     kept: int = 0  # bytes from the forward to the backward
     lost: float | None = None  # the share ‖round(W + Δ) - W - Δ‖ / ‖Δ‖ of Δ that merging into the weight's dtype loses
 
