@@ -38,6 +38,7 @@ class Diagnosis:
     tokens: int  # rows of the widest adapted call
     loss: float | None = None
     step: int | None = None
+    notes: tuple[str, ...] = ()  # what could not be looked at
 
     def rows(self) -> list[Row]:
         """All figures of every site as JSON values, in the model's order; None where there is none, and for NaN and Inf."""
@@ -47,7 +48,7 @@ class Diagnosis:
         """The diagnosis as JSON values."""
         head = {"title": self.title, "step": self.step, "loss": _plain(self.loss), "tokens": self.tokens}
         said = [{**asdict(one), "value": _plain(one.value)} for one in self.findings]
-        return {**head, "totals": self.totals, "findings": said, "sites": self.rows()}
+        return {**head, "totals": self.totals, "findings": said, "notes": list(self.notes), "sites": self.rows()}
 
     def to_json(self) -> str:
         """All figures and findings as JSON text."""
@@ -76,7 +77,8 @@ class Diagnosis:
             table.add_row(Text(name), *(show(ones) for _, show, _ in columns))
         sizes = {name: size_text(size) for name, size in self.totals.items()}
         total = "adapters {adapters}, factors {factors}, kept activations {kept}, on weights of {base}".format(**sizes)
-        table.caption = Text("\n".join([total, *(f"· {one.text}" for one in self.findings or _SOUND)]))
+        lines = [*(one.text for one in self.findings or _SOUND), *self.notes]
+        table.caption = Text("\n".join([total, *(f"· {text}" for text in lines)]))
         return table
 
     def plot(self, path: str | Path | None = None) -> Any:

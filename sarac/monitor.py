@@ -34,12 +34,17 @@ from sarac.survey import (
     trained,
     unwrapped,
 )
+from sarac.unclipped import Unclipped
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 else:  # two seconds of imports that `import sarac` is not to wait for: the Trainer asks for the events, not for the class
     TrainerCallback = object
 
+_UNSEEN = (
+    "The gradients were clipped to {:g}, and what their norm was before is not known here, so that exploding ones go unseen: let "
+    "the Trainer log as often as the Monitor records (logging_steps={})."
+)
 Group = Mapping[str, Any]  # of an optimiser's parameters, with their rate
 
 
@@ -88,13 +93,15 @@ class Monitor(TrainerCallback):
         self._norms: dict[str, float] = {}
         self._kept: tuple[Any, tuple[dict[str, int], dict[str, str]]] = (None, ({}, {}))
         self._clipped: float | None = None
+        self._clip = 0.0  # to what the Trainer clips, 0 where it does not
+        self._unclipped = Unclipped()
         self._rates = Rates()
         self._trained: Mapping[str, Mapping[str, Any]] = {}  # by site, what the optimiser said last
 
     def step(
         self, model: nn.Module, step: int, *, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None
     ) -> Diagnosis | None:
-        """Call this at every step between backward and optimizer.step(), with how many steps were taken; what was recorded.
+        """Call this at every step after backward, before clipping, with how many steps were taken; what was recorded.
 
         `optimizer`: the one that trains the adapters, or all such: what none of them has is told, and far too low rates.
         Routers are seen from the second record on, or on `batch`.
@@ -135,17 +142,20 @@ class Monitor(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the forward of a step that is to be recorded."""
         if state.global_step % self.every == 0 and not getattr(args, "torch_compile", False):
-            self._begin(unwrapped(kwargs["model"]))
+            self._begin(model := unwrapped(kwargs["model"]))
+            self._unclipped.begin(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record, while the gradients are there: as the Trainer has clipped them."""
         groups = _groups(kwargs.get("optimizer"))
         self._rates.follow(groups, state.global_step)
         if state.global_step % self.every == 0:
+            norm = self._unclipped.end(getattr(kwargs.get("optimizer"), "scaler", None))
+            self._clip, self._clipped = float(args.max_grad_norm or 0.0), self._clipped if norm is None else norm
             self._record(unwrapped(kwargs["model"]), state.global_step, groups)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep the gradients' norm before clipping, of which the next record tells."""
+        """Keep the gradients' norm before clipping, of which the next record tells that could not take it itself."""
         if logs and "grad_norm" in logs:
             self._clipped = float(logs["grad_norm"])
 
@@ -182,10 +192,11 @@ class Monitor(TrainerCallback):
             )
             for one in sites
         )
+        notes = (_UNSEEN.format(self._clip, self.every),) if self._clip and self._clipped is None and not ends else ()
         size = base_bytes(model)
         limit = room(size) if self.memory is None else self.memory
         setting = Setting(limit, size, step, _rate(groups), self._clipped, schedules)
-        found = Diagnosis(type(model).__name__, sites, findings(sites, setting), most_tokens(sites), step=step)
+        found = Diagnosis(type(model).__name__, sites, findings(sites, setting), most_tokens(sites), step=step, notes=notes)
         self._keep(found)
         return found
 

@@ -22,6 +22,7 @@ from sarac import faults
 from sarac.diagnosis import Diagnosis
 from sarac.findings import Setting, findings
 from sarac.ir.gates import slots
+from sarac.unclipped import Unclipped
 
 Model = Any
 
@@ -580,6 +581,80 @@ def test_monitor_sees_the_gradients_before_the_optimiser_does(tmp_path: Path) ->
     assert norm == pytest.approx(1e-3, rel=1e-3)  # as the Trainer clips them
     monitored(fresh("sara"), tmp_path, other := sarac.Monitor(every=1), max_steps=1, max_grad_norm=1e3)
     assert math.hypot(*(one.grad or 0.0 for one in other.history[0].sites)) > 2e-3
+
+
+def louder(run: transformers.Trainer, factor: float) -> None:
+    """A loss that is so many times what it should be, and a Trainer that logs as seldom as by default."""
+    inner: Any = run.compute_loss
+    run.compute_loss = lambda *args, **given: inner(*args, **given) * factor  # type: ignore[method-assign, assignment]
+    run.args.logging_steps = 500
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_explode_are_found_though_the_trainer_clips_them(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    found = {}
+    for factor in (1.0, 1e6):
+        run = trainer(fresh(method), tmp_path, save_strategy="no", max_steps=20, max_grad_norm=1.0, **options)
+        louder(run, factor)
+        run.add_callback(monitor := sarac.Monitor(every=5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sarac.SaracWarning)
+            run.train()
+        found[factor] = ["exploding" in names(one) for one in monitor.history[:-1]]
+        assert all(one.notes == () for one in monitor.history)
+        assert not any(one._post_accumulate_grad_hooks for one in run.model.parameters())
+    assert found == {1.0: [False] * 4, 1e6: [True] * 4}
+
+
+def test_norm_before_clipping_is_the_trainers_own(tmp_path: Path) -> None:
+    monitor, model = sarac.Monitor(every=1), fresh("sara")
+    seen = []
+    record = monitor._record
+    monitor._record = lambda *args, **given: (seen.append(monitor._clipped), record(*args, **given))[1]  # type: ignore[method-assign, func-returns-value]
+    run = monitored(model, tmp_path, monitor, max_steps=4, max_grad_norm=1e-3, gradient_accumulation_steps=2)
+    logged = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
+    assert seen[:4] == pytest.approx(logged, rel=1e-5)
+
+
+class Scaler:
+    def get_scale(self) -> float:
+        return 2.0**16
+
+
+def test_norm_of_scaled_gradients_is_that_of_the_loss() -> None:
+    model, x = plain(), torch.randn(9, 24)
+    found = []
+    for scale in (1.0, 2.0**16):
+        unclipped = Unclipped()
+        unclipped.begin(model)
+        (square(model(x)) * scale).backward()
+        found.append(unclipped.end(Scaler() if scale > 1.0 else None))
+        model.zero_grad()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0] == pytest.approx(
+        math.hypot(*(one.grad or 0.0 for one in sarac.diagnose(model, x, loss=square).sites)), rel=1e-5
+    )
+    assert Unclipped().end(None) is None
+
+
+@pytest.mark.parametrize(("clip", "logs", "said"), [(1.0, False, True), (1.0, True, False), (0.0, False, False)])
+def test_norm_that_cannot_be_known_is_said(tmp_path: Path, clip: float, logs: bool, said: bool) -> None:
+    run = trainer(fresh("sara"), tmp_path, save_strategy="no", max_steps=4, max_grad_norm=clip)
+    run.args.logging_steps = 1 if logs else 500
+    run.add_callback(monitor := sarac.Monitor(every=2))
+    monitor._unclipped.begin = lambda model: None  # type: ignore[method-assign]  # as in a compiled or a sharded model
+    run.train()
+    notes = [one.notes for one in monitor.history]
+    assert notes[0] == notes[1] or logs
+    assert bool(notes[1]) == said
+    assert notes[-1] == ()  # at the end there is no gradient
+    if said:
+        assert "clipped to 1, and what their norm was before is not known" in notes[1][0]
+        assert "logging_steps=2" in " ".join(str(monitor.history[1]).split())
+        assert json.loads(monitor.to_json())["records"][1]["notes"] == list(notes[1])
 
 
 def test_monitor_warns_once_of_each_finding(tmp_path: Path) -> None:
