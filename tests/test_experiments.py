@@ -512,6 +512,17 @@ def test_search_that_was_not_made_is_stood_in_for() -> None:
     assert lines.Lines([]).search.best(pair) is None
 
 
+def test_sources_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "__init__.py" for folder in ("one", "other")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(f"x = {number}")
+    assert runner.digest(files) == runner.digest(reversed(files))
+    before = runner.digest(files)
+    files[0].write_text("x = 2")
+    assert runner.digest(files) != before
+
+
 def test_study_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.parsed(["9"])

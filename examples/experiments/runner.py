@@ -6,7 +6,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,10 +116,13 @@ def installed(package: str) -> str:
 def sources() -> str:
     """A digest of the sources of sarac and of these experiments, which tells them apart where there is no checkout."""
     folders = (Path(__file__).parent, Path(sarac.__file__).parent, *(Path(p) for one in (passes, backends) for p in one.__path__))
-    found = hashlib.sha256()
-    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}, key=lambda path: path.name):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    return digest({path for folder in folders for path in folder.rglob("*.py")})
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """A digest of what these files hold, in whatever order and wherever they lie."""
+    found = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
 def revision() -> str:

@@ -215,6 +215,7 @@ def test_routed_scores_are_not_taken_from_an_uneven_left_side(low: float, name: 
     model = adapted(base, method="mosara", plan="rank:8,sets=3")
     shown = sarac.schedule(model, tokens=64).sites[0].schedule
     assert (shown == "left") == (name == "left")
+    assert sarac.schedule(model, tokens=64, compiled=True).sites[0].schedule != "left"  # which cannot look at values
     x = torch.randn(64, 64)
     assert ("RoutedLeftBackward" in [type(node).__name__ for node in nodes(model(x))]) == (name == "left")
     sarac.schedule(model, "left")

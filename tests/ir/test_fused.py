@@ -150,3 +150,4 @@ def test_shifts_may_lie_apart() -> None:
     differ(found, fused.turned(u, wide[:, 0].contiguous()))
     g, h = random(33, 513, dtype=torch.bfloat16), random(33, 513, dtype=torch.bfloat16).flip(0)
     same(fused.sums(g, h, apart, None, NEAR), fused.sums(g, h, together, None, NEAR))
+    differ(fused.sums(g, h, apart, None, NEAR), fused.sums(g, h, wide[:, 0].contiguous(), None, NEAR))
