@@ -29,7 +29,7 @@ def load(name: str) -> Any:
 
 
 bench, compiled, data, intervals, lines = map(load, ("bench", "compiled", "data", "intervals", "lines"))
-making, methods = map(load, ("making", "methods"))
+making, methods, plots = map(load, ("making", "methods", "plots"))
 report, routing, runner, scoring, search, sets = map(load, ("report", "routing", "runner", "scoring", "search", "sets"))
 run, spec, study_1, training = map(load, ("run", "spec", "study_1_ranks", "training"))
 Spec = spec.Spec
@@ -540,11 +540,13 @@ def test_committed_lines_are_of_the_runs_that_are_wanted() -> None:
     ready, waiting = known.resolved(specs)
     every = {one.identity for one in (*run.searching(specs, "smollm2"), *known.further(), *ready)}
     further = {one.identity for one in made_by.values() if one.seed == spec.SEARCH_SEED}
+    cells = {one.cell for one in ready}
+    before = {one.identity for one in made_by.values() if one.cell in cells}  # at a rate that was the best until a later search
     assert not waiting
-    assert made_by.keys() <= every | further
+    assert made_by.keys() <= every | further | before
     left = spec.missing(ready, found)
     assert len(left) + len(made_by.keys() & {one.identity for one in ready}) == len(ready)
-    other = Spec(**{**vars(left[0]), "steps": 121})
+    other = Spec(**{**vars(ready[0]), "steps": 121})
     assert other.identity not in every
 
 
@@ -642,3 +644,15 @@ def test_ranks_that_rise_with_depth_are_seen() -> None:
     assert rising[0][1] < 1e-6
     assert abs(flat[0][0]) < 0.3
     assert flat[0][1] > 0.3
+
+
+def test_what_is_far_above_or_uncertain_up_to_there_does_not_flatten_a_plot() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    level = [(1.0 + 0.01 * number, 0.1) for number in range(30)]
+    assert plots._cut(axes, level) == ""
+    assert plots._cut(axes, [*level, (1.2, 5.0)]) == "\n(1 far above is not shown)"
+    low, high = axes.get_ylim()
+    assert 0.8 < low < 0.9
+    assert 1.39 < high < 1.5

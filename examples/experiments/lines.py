@@ -100,11 +100,11 @@ def comparison(lines: Lines, entries: Sequence[Entry], reference: Entry | None =
     return table(heads, rows) if rows else nothing(entries)
 
 
-def difference(gap: Mean | None) -> str:
+def difference(gap: Mean | None, digits: int = 3) -> str:
     """A paired difference with its p-value."""
     if gap is None:
         return ""
-    return gap.text(signed=True) + ("" if math.isnan(gap.p) else f" (p {gap.p:.2g})")
+    return gap.text(digits, signed=True) + ("" if math.isnan(gap.p) else f" (p {gap.p:.2g})")
 
 
 def nothing(entries: Sequence[Entry]) -> str:

@@ -43,22 +43,27 @@ def curves(lines: Mapping[str, Mapping[float, Any]], path: Path, across: str, up
     if log:
         axes.set_xscale("log")
     axes.set_xlabel(across)
-    axes.set_ylabel(up + _cut(axes, [_of(one)[0] for points in shown.values() for one in points.values()]))
+    axes.set_ylabel(up + _cut(axes, [_of(one) for points in shown.values() for one in points.values()]))
     many = len(shown) > 6
     axes.legend(fontsize=6, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
     return _written(figure, path)
 
 
-def _cut(axes: Any, values: Sequence[float]) -> str:
-    """Leave out what is far above nearly all, as of runs that diverged, so the rest can be told apart; how many those are."""
-    most = sorted(values)[int(0.95 * (len(values) - 1))]
-    above = sum(value > 2 * most for value in values)
+def _cut(axes: Any, values: Sequence[tuple[float, float]]) -> str:
+    """Leave out what reaches far above nearly all, as of runs that diverged, so the rest can be told apart; how many those are.
+
+    Each value comes with half of its interval: one that is uncertain up to there is left out as well.
+    """
+    most = sorted(value for value, _ in values)[int(0.95 * (len(values) - 1))]
+    rest = [(value - half, value + half) for value, half in values if value + half <= 2 * most]
+    above = len(values) - len(rest)
     if above:
-        axes.set_ylim(top=1.15 * most, bottom=min(values) - 0.05 * (most - min(values)))
-    return f"\n({above} far above are not shown)" if above else ""
+        low, high = min(one for one, _ in rest), max(one for _, one in rest)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    return f"\n({above} far above {'is' if above == 1 else 'are'} not shown)" if above else ""
 
 
-def grouped(points: Mapping[str, Sequence[tuple[str, Any]]], path: Path, up: str) -> str:
+def grouped(points: Mapping[str, Sequence[tuple[str, Any]]], path: Path, up: str, log: bool = False) -> str:
     """Points with intervals at named places, a colour a name; "" where there is nothing."""
     shown = {name: [(place, one) for place, one in found if one] for name, found in points.items()}
     places = list(dict.fromkeys(place for found in shown.values() for place, _ in found))
@@ -71,17 +76,21 @@ def grouped(points: Mapping[str, Sequence[tuple[str, Any]]], path: Path, up: str
         axes.errorbar(at, [v for v, _ in values], [h for _, h in values], fmt="o", markersize=4, capsize=2, label=name)
     axes.set_xticks(range(len(places)), places, fontsize=7)
     axes.set_ylabel(up)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=7)
     return _written(figure, path)
 
 
-def scatter(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, across: str, up: str) -> str:
-    """Dots, a colour a name; "" where there is nothing."""
+def paths(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, across: str, up: str) -> str:
+    """Dots joined in their order, a colour a name; "" where there is nothing."""
     if not any(points.values()):
         return ""
     figure, axes = _axes()
     for name, found in points.items():
-        axes.scatter([x for x, _ in found], [y for _, y in found], s=16, label=name)
+        axes.plot([x for x, _ in found], [y for _, y in found], marker="o", markersize=4, linewidth=1, label=name)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.legend(fontsize=7)

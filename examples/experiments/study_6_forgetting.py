@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.lines import Entry, Line, Lines, comparison, table
+from experiments.intervals import mean, paired
+from experiments.lines import Entry, Line, Lines, comparison, difference, table
 from experiments.methods import METHODS
 from experiments.spec import SEARCH_SEED, Spec, seeds
 
@@ -46,39 +47,76 @@ def score(line: Line, name: str) -> float | None:
 
 
 def report(lines: Lines, model: str, folder: Path) -> str:
-    """Scores and losses by task, and what was forgotten over what was learnt, by the rate."""
-    parts = []
+    """Losses and scores by task, what was forgotten of unrelated text, and that over what was learnt, by the rate."""
+    parts: list[str] = []
+    points: dict[str, list[Any]] = {}
     for task, group in groups(model).items():
-        parts.append(f"{task}:\n\n{comparison(lines, group, group[-1])}")
-        kinds = [name for name in SCORES if any(lines.values(e.spec, lambda line, n=name: score(line, n)) for e in group)]  # type: ignore[misc]
-        rows = []
+        reference = against(group)
+        parts += [f"{task}:\n\n{comparison(lines, group, reference)}", scores(lines, group, reference)]
         for entry in group:
-            found = [lines.mean(entry.spec, lambda line, n=name: score(line, n)) for name in kinds]  # type: ignore[misc]
-            if any(found):
-                rows.append([entry.label, *(one.text(1) if one else "" for one in found)])
-        if rows:
-            parts.append(table(["", *(f"{name}, %" if name in SCORES[:2] else name for name in kinds)], rows))
-    rows, points = by_rate(lines)
+            points.setdefault(entry.label, []).append((task, lines.mean(entry.spec, "unrelated_nll")))
+    parts.append(forgotten(lines, model))
+    parts.append(plots.grouped(points, folder / "study_6_unrelated.png", "nll on unrelated text", log=True))
+    rows, curves = by_rate(lines)
     if rows:
         parts += [
             "What the search's short runs forgot, by the rate (held-out nll, unrelated nll):",
             table(["", "plan", "by rate"], rows),
         ]
-    parts.append(plots.scatter(points, folder / "study_6.png", "nll on held-out rows, by rate", "nll on unrelated text"))
-    return "\n\n".join(parts)
+    across = "nll on held-out rows, by rate (lowest first)"
+    parts.append(plots.paths(curves, folder / "study_6.png", across, "nll on unrelated text"))
+    return "\n\n".join(part for part in parts if part)
+
+
+def against(group: list[Entry]) -> Entry:
+    """What a group is compared with: full fine-tuning where it is there, else the last."""
+    return next((entry for entry in group if entry.spec.method == "full"), group[-1])
+
+
+def scores(lines: Lines, group: list[Entry], reference: Entry) -> str:
+    """The scores of a task and, paired by seed, what they are above the reference's."""
+    values = {name: {e.label: lines.values(e.spec, lambda line, n=name: score(line, n)) for e in group} for name in SCORES}  # type: ignore[misc]
+    kinds = [name for name in SCORES if any(values[name].values())]
+    gap_of = f"less that of {reference.label}"
+    heads = [head for name in kinds for head in (f"{name}, %" if name in SCORES[:2] else name, gap_of)]
+    rows = []
+    for entry in group:
+        cells = []
+        for name in kinds:
+            found, base = values[name][entry.label], values[name][reference.label]
+            gap = paired(found, base) if entry != reference else None
+            cells += [mean(list(found.values())).text(1) if found else "", difference(gap, 1)]
+        if any(cells):
+            rows.append([entry.label, *cells])
+    return table(["", *heads], rows) if rows else ""
+
+
+def forgotten(lines: Lines, model: str) -> str:
+    """How much further than the reference each method went from unrelated text, by task."""
+    found: dict[str, dict[str, str]] = {}
+    for task, group in groups(model).items():
+        reference = against(group)
+        base = lines.values(reference.spec, "unrelated_nll")
+        for entry in group:
+            if entry != reference and entry.spec.method != "untouched":
+                gap = paired(lines.values(entry.spec, "unrelated_nll"), base)
+                found.setdefault(entry.label, {})[task] = difference(gap)
+    rows = [[label, *gaps.values()] for label, gaps in found.items() if any(gaps.values())]
+    if not rows:
+        return ""
+    return f"Nll on unrelated text, less that of {reference.label} (paired by seed):\n\n{table(['', *groups(model)], rows)}"
 
 
 def by_rate(lines: Lines) -> tuple[list[list[str]], dict[str, list[tuple[float, float]]]]:
-    """What each searched plan learnt and forgot at each rate, as rows and as points; runs that were ruined are left out."""
+    """What each searched plan learnt and forgot at each rate, as rows, and the finalists' as points; ruined runs are left out."""
     found: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
     for line in lines.all:
         spec = line["spec"]
         if spec["seed"] == SEARCH_SEED and "error" not in line and line["valid_nll"] < RUINED:
             found.setdefault((spec["method"], spec["plan"]), {})[spec["lr"]] = line["valid_nll"], line["unrelated_nll"]
-    names = {pair: f"{METHODS[pair[0]].label} {pair[1]}".strip() for pair in found}
     rows = [
         [METHODS[name].label, plan, ", ".join(f"{rate:g}: {nll:.3f}, {kept:.3f}" for rate, (nll, kept) in sorted(tried.items()))]
         for (name, plan), tried in found.items()
     ]
-    shown = [pair for pair in found if pair[0] in {name for name, _ in FINALISTS}]
-    return rows, {names[pair]: list(found[pair].values()) for pair in shown}
+    names = {pair: f"{METHODS[pair[0]].label} {pair[1]}".strip() for pair in FINALISTS if pair in found}
+    return rows, {label: [found[pair][rate] for rate in sorted(found[pair])] for pair, label in names.items()}
