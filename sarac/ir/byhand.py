@@ -33,8 +33,10 @@ def projected(x: Tensor, v: Tensor, siblings: Siblings | None = None) -> Tensor:
 def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
     """y + hᵀ u in place of y (…, n), from h (k, tokens) and u (k, n); beside y where that is to be differentiated again."""
     flat = rows(y)
-    if torch.compiler.is_compiling():  # a sum can join what reads it; `addmm` would copy y first, which is never in place there
-        flat = flat + h.mT @ u
+    if (
+        torch.compiler.is_compiling()
+    ):  # a sum can join what reads it; as one of float32 it is not made `addmm`, which copies y first
+        flat = (flat.float() + (h.mT @ u).float()).to(flat.dtype) if flat.dtype == torch.bfloat16 else flat + h.mT @ u
     else:
         flat = torch.addmm(flat, h.mT, u) if differentiable() else flat.addmm_(h.mT, u)
     return flat.view(y.shape)
@@ -74,11 +76,11 @@ def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> 
     bfloat16 first would lose half of the digits.
     """
     if not differentiable() or torch.compiler.is_compiling():
-        found = fused.sums(g, h, shift, long, NEAR)
-        if found is not None:
-            return found
         if long is not None and shift is not None:
             fused.mend(g, *long, shift, NEAR)
+        found = fused.sums(g, h, shift, NEAR)
+        if found is not None:
+            return found
     if g.dtype == torch.bfloat16 and not (differentiable() or torch.compiler.is_compiling()):
         # Piece by piece, so that nothing of all tokens is there in float32.
         pieces = zip(torch.split(g, _PIECE, 1), torch.split(h, _PIECE, 1), strict=True)

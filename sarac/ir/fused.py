@@ -1,7 +1,7 @@
 """One kernel for a chain of steps where Triton runs; None elsewhere, where torch's own operations serve.
 
-In a compiled graph the kernels are the compiler's to launch, which costs no Python; `mend`, which writes to what it is given, and
-which torch's operations can do as well, is an operator that the compiler leaves as it is.
+In a compiled graph the kernels are the compiler's to launch, which costs no Python. Torch's way to mend, which asks for values,
+is an operator there that the compiler leaves as it is.
 """
 
 import functools
@@ -17,10 +17,11 @@ from torch.library import triton_op, wrap_triton
 _TOKENS, _RANKS = 32, 128  # tokens and directions of a block of the routed kernels: few steps, and all processors at work
 _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
 _SIDE = 64  # of a square that is turned
+_HIGH, _WIDE, _DEEP, _GROUP = 128, 128, 32, 8  # of a product's block, and so many blocks of rows share what they read
+_THIN = 128  # directions of a product, above which reading U by columns of two bytes costs more than to turn it first
 _SETS = 16  # above it torch's own products are the better way
 
 Some = Tensor | None
-Long = tuple[Tensor, Tensor, Tensor]
 Mixed = tuple[Tensor, Tensor]  # h ⊙ (mᵀ g), scores
 Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
 Launch = Callable[[str, tuple[Any, ...], tuple[Tensor, ...], tuple[Any, ...], tuple[Any, ...]], None]
@@ -47,18 +48,24 @@ def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tenso
     return _back(dmixed, h, scores, shift, router, kind, _launch)
 
 
-def sums(g: Tensor, h: Tensor, shift: Some, long: Long | None, near: float) -> Some:
-    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below `near`.
-
-    Where it is, g is s ⊙ V x of `long`: x (tokens, in), V (k, in) and s (k,).
-    """
+def sums(g: Tensor, h: Tensor, shift: Some, near: float) -> Some:
+    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below `near`."""
     if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
         return None
-    x, v, scale = (None, None, None) if long is None else long
     if torch.compiler.is_compiling():
-        found: Tensor = _sums_in_graph(g, h, shift, x, v, scale, near)
+        found: Tensor = _sums_in_graph(g, h, shift, near)
         return found
-    return _sums(g, h, shift, x, v, scale, near, _launch)
+    return _sums(g, h, shift, near, _launch)
+
+
+def added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Some:
+    """C + A diag(one ⊙ other) B, laid out as C, from C (m, n), A (m, k), B (k, n) and values (k,): no copy of C comes first."""
+    if len(b) > _THIN or c.dtype != torch.bfloat16 or not a.dtype == b.dtype == c.dtype or not _runs(c):
+        return None
+    if torch.compiler.is_compiling():
+        found: Tensor = _added_in_graph(c, a, b, one, other)
+        return found
+    return _added(c, a, b, one, other, _launch)
 
 
 def turned(u: Tensor, values: Some) -> Some:
@@ -73,19 +80,30 @@ def turned(u: Tensor, values: Some) -> Some:
 
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
     """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < near, from x (tokens, in) and V (k, in), and into no other."""
-    (_mend_in_graph if torch.compiler.is_compiling() else _mend)(h, x, v, scale, shift, near)
+    runs = _runs(h) and h.dtype == x.dtype == v.dtype and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
+    if torch.compiler.is_compiling():
+        (_mend_in_graph if runs else _asking_in_graph)(h, x, v, scale, shift, near)
+    elif runs:
+        _mend(h, x, v, scale, shift, near, _launch)
+    else:
+        _asking(h, x, v, scale, shift, near)
 
 
-def _sums(g: Tensor, h: Tensor, shift: Some, x: Some, v: Some, scale: Some, near: float, launch: Launch) -> Tensor:
+def _sums(g: Tensor, h: Tensor, shift: Some, near: float, launch: Launch) -> Tensor:
     rank, tokens = h.shape
     pieces = -(-tokens // _LENGTH)
     out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
-    strides = (0, 0, 0, 0, 0) if x is None or v is None else (*x.stride(), *v.stride(), x.shape[1])
-    shift, scale = (None if one is None else one.contiguous() for one in (shift, scale))
-    tensors = (g, h, *(out if one is None else one for one in (shift, x, v, scale)), out)
-    numbers = (tokens, g.stride(0), h.stride(0), *strides, near)
-    launch("sums", (rank, pieces, 1), tensors, numbers, (shift is not None, x is not None, _LENGTH, _WIDTH))
+    tensors = (g, h, out if shift is None else shift.contiguous(), out)
+    launch("sums", (rank, pieces, 1), tensors, (tokens, g.stride(0), h.stride(0), near), (shift is not None, _LENGTH, _WIDTH))
     return out.view(rank) if pieces == 1 else out.sum(0)
+
+
+def _added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor, launch: Launch) -> Tensor:
+    (height, width), inner, out = c.shape, len(b), torch.empty_like(c)
+    numbers = (height, width, inner, *c.stride(), *a.stride(), *b.stride(), *out.stride())
+    grid = (-(-height // _HIGH) * -(-width // _WIDE), 1, 1)
+    launch("added", grid, (c, a, b, one.contiguous(), other.contiguous(), out), numbers, (_HIGH, _WIDE, _DEEP, _GROUP))
+    return out
 
 
 def _turned(u: Tensor, values: Some, launch: Launch) -> Tensor:
@@ -116,12 +134,14 @@ def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tens
     return dh, dshift, drouter
 
 
-def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
-    if _runs(h) and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1:
-        rank, tokens = h.shape
-        numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), near)
-        _launch("mend", (-(-tokens // 64), 1, 1), (h, x, v, scale.contiguous(), shift.contiguous()), numbers, (_WIDTH, 64, 64))
-        return
+def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float, launch: Launch) -> None:
+    rank, tokens = h.shape
+    numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), near)
+    tensors = (h, x, v, scale.contiguous(), shift.contiguous())
+    launch("mend", (-(-tokens // _SIDE), 1, 1), tensors, numbers, (_WIDTH, 32, _SIDE, _SIDE))
+
+
+def _asking(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
     found = ((1 + shift).abs() < near).nonzero().squeeze(1)  # which the host waits for
     if len(found):
         h[found] = (scale[found].unsqueeze(1) * (v[found] @ x.mT)).to(h.dtype)
@@ -137,16 +157,20 @@ def _how(sets: int, kind: str) -> tuple[int, ...]:
 def _launch(
     name: str, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...]
 ) -> None:  # fmt: skip
-    """Run a kernel; again with numbers that it was compiled for, without Triton's own look at every argument (50 µs a call)."""
+    """Run a kernel; again with numbers that it was compiled for, without Triton's own look at every argument (50 µs a call).
+
+    It takes addresses then: of a tensor it would ask the driver about each.
+    """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _launch(name, grid, tensors, numbers, constants)
         return
-    key = (name, device.index, numbers, constants, tuple([(one.dtype, one.data_ptr() % 16) for one in tensors]))
+    places = [one.data_ptr() for one in tensors]
+    key = (name, device.index, numbers, constants, *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)])
     ready = _compiled.get(key)
     if ready is not None:
-        ready[grid](*tensors, *numbers, *constants)
+        ready[grid](*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
         return
     made = getattr(_kernels(), name)[grid](*tensors, *numbers, *constants)
     if made is not None and len(_compiled) < _MOST:
@@ -174,20 +198,26 @@ def _traced_back(
     return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
 
 
-def _traced_sums(
-    g: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, v: Tensor | None, scale: Tensor | None, near: float
-) -> Tensor:
-    return _sums(g, h, shift, x, v, scale, near, _traced)
+def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None, near: float) -> Tensor:
+    return _sums(g, h, shift, near, _traced)
 
 
 def _traced_turned(u: Tensor, values: Tensor | None) -> Tensor:
     return _turned(u, values, _traced)
 
 
-_mend_in_graph = torch.library.custom_op("sarac::mend", _mend, mutates_args=("h",))
+def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return _added(c, a, b, one, other, _traced)
 
 
-@_mend_in_graph.register_fake
+def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
+    _mend(h, x, v, scale, shift, near, _traced)
+
+
+_asking_in_graph = torch.library.custom_op("sarac::mend_asking", _asking, mutates_args=("h",))
+
+
+@_asking_in_graph.register_fake
 def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
     return None
 
@@ -213,12 +243,14 @@ _THERE = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _operator(name: str, function: Any) -> Any:
+def _operator(name: str, function: Any, *written: str) -> Any:
     """A function as an operator of compiled graphs; torch looks for its kernels, which takes Triton."""
-    return triton_op(name, function, mutates_args={}) if _THERE else function
+    return triton_op(name, function, mutates_args=written) if _THERE else function
 
 
 _mixed_in_graph = _operator("sarac::mixed", _traced_mixed)
 _back_in_graph = _operator("sarac::routed_back", _traced_back)
 _sums_in_graph = _operator("sarac::sums", _traced_sums)
 _turned_in_graph = _operator("sarac::turned", _traced_turned)
+_added_in_graph = _operator("sarac::added", _traced_added)
+_mend_in_graph = _operator("sarac::mend", _traced_mend, "h")

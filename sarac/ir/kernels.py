@@ -5,12 +5,20 @@ first gate is known, so h is read twice, the second time from the cache. Gates a
 products with the few sets are those of float32 in three TF32 steps.
 """
 
+import os
 from typing import Any
 
 import triton
 import triton.language as tl
 
 SOFT, HARD, TOPK = 0, 1, 2
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _wide(x):
+    """x as a product takes it: the interpreter multiplies bfloat16's bits."""
+    return x.to(tl.float32) if INTERPRETED else x
 
 
 @triton.jit
@@ -115,61 +123,52 @@ def turned(
 
 
 @triton.jit
-def _long(x, v, row, token, tokens, inner, x0, x1, v0, v1, rows: tl.constexpr, width: tl.constexpr):
-    """V x in one row of a block of tokens, from x (tokens, inner) and V (rank, inner)."""
-    total = tl.zeros((rows,), tl.float32)
-    for start in range(0, inner, width):
-        column = start + tl.arange(0, width)
-        block = (token < tokens)[:, None] & (column < inner)[None, :]
-        seen = tl.load(x + token[:, None] * x0 + column[None, :] * x1, block, 0.0).to(tl.float32)
-        factor = tl.load(v + row * v0 + column * v1, column < inner, 0.0).to(tl.float32)
-        total += tl.sum(seen * factor[None, :], 1)
-    return total
-
-
-@triton.jit
-def _short(g, h, tokens, start, length: tl.constexpr, width: tl.constexpr):
-    """Σ g ⊙ h from a token on."""
-    total = tl.zeros((width,), tl.float32)
-    for further in range(0, length, width):
-        token = start + further + tl.arange(0, width)
-        one = tl.load(g + token, token < tokens, 0.0).to(tl.float32)
-        total += one * tl.load(h + token, token < tokens, 0.0).to(tl.float32)
-    return tl.sum(total, 0)
+def added(
+    c, a, b, one, other, out, height, width, inner, c0, c1, a0, a1, b0, b1, o0, o1,
+    m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
+):  # fmt: skip
+    """C + A diag(one ⊙ other) B from C (height, width), A (height, inner) and B (inner, width), in float32, rounded once."""
+    down, across = tl.cdiv(height, m), tl.cdiv(width, n)
+    first = tl.program_id(0) // (group * across) * group  # neighbours share rows of A and columns of B, which the cache has then
+    rows = tl.minimum(down - first, group)
+    place = tl.program_id(0) % (group * across)
+    row = ((first + place % rows) * m + tl.arange(0, m)).to(tl.int64)[:, None]
+    column = (place // rows * n + tl.arange(0, n)).to(tl.int64)[None, :]
+    inside = (row < height) & (column < width)
+    total = tl.load(c + row * c0 + column * c1, inside, 0.0).to(tl.float32)
+    for start in range(0, inner, k):
+        along = start + tl.arange(0, k)
+        left = tl.load(a + row * a0 + along[None, :] * a1, (row < height) & (along < inner)[None, :], 0.0)
+        right = tl.load(b + along[:, None] * b0 + column * b1, (along < inner)[:, None] & (column < width), 0.0)
+        value = tl.load(one + along, along < inner, 0.0).to(tl.float32)
+        value *= tl.load(other + along, along < inner, 0.0).to(tl.float32)
+        left = (left.to(tl.float32) * value[None, :]).to(left.dtype)
+        total = tl.dot(_wide(left), _wide(right), total, input_precision="ieee")
+    tl.store(out + row * o0 + column * o1, total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def sums(
-    g, h, shift, x, v, scale, out, tokens, gpitch, hpitch, x0, x1, v0, v1, inner, near,
-    divide: tl.constexpr, turn: tl.constexpr, length: tl.constexpr, width: tl.constexpr,
+    g, h, shift, out, tokens, gpitch, hpitch, near, divide: tl.constexpr, length: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
-    """Σ g ⊙ h of one row over a piece of `length` tokens, (pieces, rank) in float32, over 1 + δ where that is not near zero.
-
-    Where it is, g is s ⊙ V x: the rare long way, in one program for the row.
-    """
+    """Σ g ⊙ h of one row over a piece of `length` tokens, (pieces, rank) in float32, over 1 + δ where that is not near zero."""
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * length
-    place = out + tl.program_id(1) * tl.num_programs(0) + row
+    total = tl.zeros((width,), tl.float32)
+    for further in range(0, length, width):
+        token = start + further + tl.arange(0, width)
+        one = tl.load(g + row * gpitch + token, token < tokens, 0.0).to(tl.float32)
+        total += one * tl.load(h + row * hpitch + token, token < tokens, 0.0).to(tl.float32)
+    found = tl.sum(total, 0)
     if divide:
         c = 1.0 + tl.load(shift + row)
-        if tl.abs(c) >= near:
-            tl.store(place, _short(g + row * gpitch, h + row * hpitch, tokens, start, length, width) / c)
-        elif turn:
-            found = tl.zeros((64,), tl.float32)
-            for further in range(0, length, 64):
-                token = start + further + tl.arange(0, 64)
-                part = _long(x, v, row, token, tokens, inner, x0, x1, v0, v1, 64, 64)
-                found += part * tl.load(h + row * hpitch + token, token < tokens, 0.0).to(tl.float32)
-            tl.store(place, tl.sum(found, 0) * tl.load(scale + row))
-        else:
-            tl.store(place, _short(g + row * gpitch, h + row * hpitch, tokens, start, length, width))
-    else:
-        tl.store(place, _short(g + row * gpitch, h + row * hpitch, tokens, start, length, width))
+        found = tl.where(tl.abs(c) < near, found, found / c)
+    tl.store(out + tl.program_id(1) * tl.num_programs(0) + row, found)
 
 
 @triton.jit
 def mend(
     h, x, v, scale, shift, tokens, inner, rank, pitch, x0, x1, v0, v1, near,
-    length: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    length: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
     """Rows of h (rank, tokens) where 1 + δ is near zero become s ⊙ V x, of a block of tokens; most often there are none."""
     found = tl.zeros((length,), tl.int32)
@@ -177,13 +176,21 @@ def mend(
         row = start + tl.arange(0, length)
         found += (tl.abs(1.0 + tl.load(shift + row, row < rank, 0.0)) < near).to(tl.int32)
     if tl.sum(found, 0) > 0:
-        first = tl.program_id(0).to(tl.int64) * rows
-        token = first + tl.arange(0, rows)
-        for row in range(rank):
-            if tl.abs(1.0 + tl.load(shift + row)) < near:
-                total = _long(x, v, row, token, tokens, inner, x0, x1, v0, v1, rows, width)
-                place = h + (first - first + row) * pitch + token  # in 64 bits
-                tl.store(place, (total * tl.load(scale + row)).to(h.dtype.element_ty), token < tokens)
+        token = (tl.program_id(0) * width + tl.arange(0, width)).to(tl.int64)
+        for start in range(0, rank, rows):
+            row = (start + tl.arange(0, rows)).to(tl.int64)
+            wanted = tl.abs(1.0 + tl.load(shift + row, row < rank, 0.0)) < near
+            if tl.sum(wanted.to(tl.int32), 0) > 0:
+                total = tl.zeros((rows, width), tl.float32)
+                for begin in range(0, inner, depth):
+                    along = begin + tl.arange(0, depth)
+                    here = (along < inner)[None, :]
+                    left = tl.load(v + row[:, None] * v0 + along[None, :] * v1, (row < rank)[:, None] & here, 0.0)
+                    right = tl.load(x + token[:, None] * x0 + along[None, :] * x1, (token < tokens)[:, None] & here, 0.0)
+                    total = tl.dot(_wide(left), tl.trans(_wide(right)), total, input_precision="ieee")
+                total *= tl.load(scale + row, row < rank, 0.0).to(tl.float32)[:, None]
+                place = h + row[:, None] * pitch + token[None, :]
+                tl.store(place, total.to(h.dtype.element_ty), wanted[:, None] & (token < tokens)[None, :])
 
 
 def kind_of(router: str) -> tuple[int, int]:

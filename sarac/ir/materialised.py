@@ -51,7 +51,7 @@ class Materialised(torch.autograd.Function):
         if dy is not None:
             made = ctx.made if made is None else made
             if made is None or differentiable():
-                made = _made(weight, times(u.mT, shift * scale), v)
+                made = _made(weight, u, v, shift, scale)
             dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
             if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
@@ -125,11 +125,11 @@ def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor])
     """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
     weight, u, v, scale, shift = given
     if not _held or torch.compiler.is_compiling() or fsdp_runs() or not _parameters(weight, u, v, shift):
-        return _made(lying(op, weight), times(u.mT, shift * scale), v)  # what autocast casts is another one for each call
+        return _made(lying(op, weight), u, v, shift, scale)  # what autocast casts is another one for each call
     key, versions = (op, *map(id, given)), tuple([one._version for one in given])
     found = _held[-1].get(key)
     if found is None or found[1] != versions:
-        found = _held[-1][key] = (given, versions, _made(lying(op, weight), times(u.mT, shift * scale), v))
+        found = _held[-1][key] = (given, versions, _made(lying(op, weight), u, v, shift, scale))
     return found[2]
 
 
@@ -137,8 +137,13 @@ def _parameters(*tensors: Tensor) -> bool:
     return all(isinstance(one, nn.Parameter) for one in tensors)
 
 
-def _made(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W + U V from U as (k, out)."""
+def _made(weight: Tensor, u: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """W + U diag(δ s) V; it lies as the stored one does, lest another kernel reads it."""
+    if not differentiable() or torch.compiler.is_compiling():
+        found = fused.added(weight, u, v, shift, scale)
+        if found is not None:
+            return found
+    scaled = times(u.mT, shift * scale)
     if weight.is_contiguous():
-        return torch.addmm(weight, u.mT, v)
-    return torch.addmm(weight.mT, v.mT, u).mT  # it lies as the stored one does, lest another kernel reads it
+        return torch.addmm(weight, scaled.mT, v)
+    return torch.addmm(weight.mT, v.mT, scaled).mT

@@ -58,13 +58,13 @@ def test_routing_is_torchs(
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (513, 130), (2048, 614), (9000, 3)])
 def test_sums_are_in_float32(tokens: int, rank: int) -> None:
     g, h = random(rank, tokens, dtype=torch.bfloat16), random(rank, tokens + 2, dtype=torch.bfloat16)[:, 1 : tokens + 1]
-    found = fused.sums(g, h, None, None, NEAR)
+    found = fused.sums(g, h, None, NEAR)
     assert found is not None
     assert found.dtype == torch.float32
     exact = (g.double() * h.double()).sum(1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
     shift = torch.linspace(-2, 2, rank, device=DEVICE)
-    divided = fused.sums(g, h, shift, None, NEAR)
+    divided = fused.sums(g, h, shift, NEAR)
     assert divided is not None
     c = 1 + shift.double()
     torch.testing.assert_close(divided.double(), exact / torch.where(c.abs() < NEAR, 1.0, c), rtol=1e-5, atol=4e-3)
@@ -102,24 +102,49 @@ def test_what_kernels_do_not_have_is_left_to_torch() -> None:
     h, shift = random(6, 4), random(3, 6)
     assert fused.mixed(h, random(20, 6), random(20, 6), "soft") is None  # more sets than a row of registers
     assert fused.mixed(h.double(), random(3, 6).double(), shift.double(), "soft") is None
-    assert fused.sums(h, h, None, None, NEAR) is None  # float32 needs no other sum
+    assert fused.sums(h, h, None, NEAR) is None  # float32 needs no other sum
     with torch.enable_grad():  # a gradient that is to be differentiated again
         assert fused.back(h, h, random(3, 4), shift, random(3, 6), "soft") is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("triton", [pytest.param(True, marks=needs_triton), False])
+def test_sums_take_the_long_way_where_nothing_divides(triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not triton:
+        without_triton(monkeypatch)
+    rank, tokens = 40, 300  # more directions than are looked at together
+    g, h = (random(rank, tokens, dtype=torch.bfloat16).roll(one, 1) for one in (0, 1))
+    x, u, scale = random(tokens, 70, dtype=torch.bfloat16), random(70, rank, dtype=torch.bfloat16), random(rank).abs()
+    shift = torch.linspace(-3, 1, rank, device=DEVICE)
+    plain, near = sums(g.clone(), h, shift), (1 + shift).abs() < NEAR
+    assert 3 < int(near.sum()) < 10
+    found = sums(g.clone(), h, shift, (x, u.mT, scale))
+    exact = (g.double() * h.double()).sum(1) / (1 + shift.double())
+    long = (scale.double()[:, None] * (u.double().mT @ x.double().mT) * h.double()).sum(1)
+    sizes = (scale.double()[:, None] * (u.double().mT @ x.double().mT)).norm(dim=1) * h.double().norm(dim=1)
+    expected = torch.where(near, long, exact)
+    assert bool(((found.double() - expected).abs() <= torch.where(near, 2**-8 * sizes, 1e-4 * exact.abs() + 1e-2)).all())
+    same(found[~near], plain[~near])
+    differ(found[near], plain[near])
+
+
 @needs_triton
 @torch.no_grad()
-def test_sums_take_the_long_way_where_nothing_divides() -> None:
-    g, h = (random(5, 9000, dtype=torch.bfloat16).roll(one, 1) for one in (0, 1))
-    x, u, scale = random(9000, 70, dtype=torch.bfloat16), random(70, 5, dtype=torch.bfloat16), random(5).abs()
-    shift = torch.tensor([0.0, -1.0, -0.8, 1.0, -3.0], device=DEVICE)
-    found = fused.sums(g, h, shift, (x, u.mT, scale), NEAR)
-    assert found is not None
-    plain = (g.double() * h.double()).sum(1) / (1 + shift.double())
-    long = (scale.double()[:, None] * (u.double().mT @ x.double().mT) * h.double()).sum(1)
-    near = (1 + shift).abs() < NEAR
-    torch.testing.assert_close(found.double(), torch.where(near, long, plain), rtol=1e-4, atol=1e-2)
-    differ(found[near], fused.sums(g, h, shift, None, NEAR)[near])
+@pytest.mark.parametrize(("height", "width", "rank"), [(1, 1, 1), (70, 33, 5), (128, 256, 64), (300, 150, 128), (1100, 40, 33)])
+def test_a_weight_is_made_in_one_pass(height: int, width: int, rank: int) -> None:
+    narrow = torch.bfloat16
+    w, u, v = random(height, width, dtype=narrow), random(height, rank, dtype=narrow), random(rank, width, dtype=narrow)
+    shift, scale = random(rank, 3)[:, 1] / rank**0.5, random(rank).abs()
+    expected = w.double() + (u.double() * (shift * scale).double()) @ v.double()
+    for stored in (w, w.mT.contiguous().mT):
+        found = fused.added(stored, u, v, shift, scale)
+        assert found is not None
+        assert (found.shape, found.stride()) == (stored.shape, stored.stride())
+        assert float((found.double() - expected).norm() / expected.norm()) < check.gate(narrow) / 5
+        differ(found, stored)
+    same(w, random(height, width, dtype=narrow))
+    wide = random(height, fused._THIN + 1, dtype=narrow)
+    assert fused.added(w, wide, wide.mT, wide[0].float(), wide[0].float()) is None
 
 
 @needs_triton
@@ -149,5 +174,5 @@ def test_shifts_may_lie_apart() -> None:
     same(found, fused.turned(u, together))
     differ(found, fused.turned(u, wide[:, 0].contiguous()))
     g, h = random(33, 513, dtype=torch.bfloat16), random(33, 513, dtype=torch.bfloat16).flip(0)
-    same(fused.sums(g, h, apart, None, NEAR), fused.sums(g, h, together, None, NEAR))
-    differ(fused.sums(g, h, apart, None, NEAR), fused.sums(g, h, wide[:, 0].contiguous(), None, NEAR))
+    same(fused.sums(g, h, apart, NEAR), fused.sums(g, h, together, NEAR))
+    differ(fused.sums(g, h, apart, NEAR), fused.sums(g, h, wide[:, 0].contiguous(), NEAR))
