@@ -277,7 +277,7 @@ def test_step_asks_the_device_for_no_value(method: str, place: Any, monkeypatch:
     program = place.prepared(Spec(method, plan, lr=0.1, **QUICK))
     monkeypatch.setattr(program.optimizer, "step", lambda: None)  # the CPU's counts its steps in Python
     program._step()  # sarac looks at its factors once
-    monkeypatch.setattr(fused, "_mend", lambda *_: None)  # on a CPU it asks which shifts are near -1; on a GPU a kernel does
+    monkeypatch.setattr(fused, "_asking", lambda *_: None)  # on a CPU it asks which shifts are near -1; on a GPU a kernel does
     with Asked() as asked:
         program._step()
     assert asked.names == []
