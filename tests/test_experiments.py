@@ -510,6 +510,14 @@ def test_search_that_was_not_made_is_stood_in_for() -> None:
     own = lines.Lines([*others, *(line("r=4", rate, nll) for rate, nll in ((1e-3, 3.0), (3e-3, 1.0), (1e-2, 2.0)))])
     assert (own.search.made(pair), own.search.best(pair), own.rate(wanted)) == (pair, 3e-3, "0.003")
     assert lines.Lines([]).search.best(pair) is None
+    # Runs that were made at the rate of the search that stood in are shown, and said to be, until there are some at their own.
+    at = [Spec("lora", "r=4", lr=rate) for rate in (1e-2, 3e-3)]
+    runs = [{"id": one.identity, "spec": vars(one), "nll": one.lr} for one in at]
+    stood = lines.Lines([*own.all, runs[0]])
+    assert (stood.of(wanted)[0], stood.rate(wanted)) == (runs[0], "0.01* (r=1; its own: 0.003)")
+    both = lines.Lines([*own.all, *runs])
+    assert (both.of(wanted)[0], both.rate(wanted)) == (runs[1], "0.003")
+    assert lines.Lines([*others, runs[1]]).of(wanted) == {}
 
 
 def test_sources_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:

@@ -41,10 +41,18 @@ class Lines:
         return [line for line in {line["id"]: line for line in self.all if "error" in line}.values() if line["id"] not in done]
 
     def of(self, spec: Spec) -> dict[int, Line]:
-        """The lines of a spec's cell by seed, at the rate that the search gives it."""
+        """The lines of a spec's cell by seed, at the rate that its search gives it, or that the search gave which stood in."""
+        return self._found(spec)[1]
+
+    def _found(self, spec: Spec) -> tuple[float | None, dict[int, Line], str]:
+        """The rate of the first search with lines at it, these lines, and the plan of that search."""
         pair = searched_by(spec)
-        rate = self.search.best(pair) if pair else spec.lr
-        return self._known.get((*spec.cell, rate), {}) if rate is not None else {}
+        if pair is None:
+            return spec.lr, self._known.get((*spec.cell, spec.lr), {}), spec.plan
+        rates = [(self.search.best(one), one[1]) for one in self.search.standing(pair)]
+        made = ((rate, self._known.get((*spec.cell, rate), {}), plan) for rate, plan in rates)
+        nothing_yet = (*rates[0][:1], {}, rates[0][1]) if rates else (None, {}, spec.plan)
+        return next((one for one in made if one[1]), nothing_yet)
 
     def values(self, spec: Spec, value: Value | str = "nll") -> dict[int, float]:
         """One figure of every seed; seeds that do not have it are left out."""
@@ -62,13 +70,17 @@ class Lines:
         return self.of(replace(spec, kind="timing", steps=20, seed=0)).get(0)
 
     def rate(self, spec: Spec) -> str:
-        """The rate as tables show it: a star where it is at the edge of what was searched, and what was searched in its place."""
-        pair = searched_by(spec)
-        best = self.search.best(pair) if pair else (spec.lr or None)
-        if best is None or pair is None:
-            return "" if best is None else f"{best:g}"
-        used = self.search.made(pair)[1]
-        return f"{best:g}{'*' if self.search.at_edge(pair) else ''}{'' if used == spec.plan else f' ({used})'}"
+        """The rate as tables show it: a star where it is at the edge of what was searched, and what was searched in its place.
+
+        Where a search of its own found another since, at which no run was made yet, that stands behind it.
+        """
+        pair, (used, _, plan) = searched_by(spec), self._found(spec)
+        if not used or pair is None:
+            return f"{used:g}" if used else ""
+        own = self.search.best(pair)
+        notes = [] if plan == spec.plan else [plan]
+        notes += [f"its own: {own:g}"] if own != used else []
+        return f"{used:g}{'*' if self.search.at_edge((pair[0], plan)) else ''}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -111,8 +123,3 @@ def nothing(entries: Sequence[Entry]) -> str:
     """What stands where no run has been made yet."""
     names = sorted({METHODS[entry.spec.method].label for entry in entries})
     return f"Not run yet: {', '.join(names)}."
-
-
-def left(lines: Lines, specs: Sequence[Spec]) -> int:
-    """How many of these runs no line has."""
-    return sum(spec.seed not in lines.of(spec) for spec in specs)

@@ -51,7 +51,8 @@ _MANY = (
     "rank:[48]",
     "budget:[0-9]??????*",
 )  # from a million on
-_FACTORS = {"threshold:0.05": _MANY, "threshold:0.01": ("*",)}
+_FACTORS = {plan: (plan,) for plan in ("threshold:1", "threshold:0.3", "budget:9775680")}
+_FACTORS |= {"threshold:0.05": _MANY, "threshold:0.01": ("*",)}
 _ROUTED = {"threshold:0.5": ("*",)}
 _LORA = {plan: (plan,) for plan in ("r=1,on=v_proj", "r=1,on=q_proj+v_proj", "r=4", "r=32")}
 _LORA |= {"r=1": ("r=1", "r=1,*", "r=4"), "r=8": ("*",)}

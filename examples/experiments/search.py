@@ -27,8 +27,12 @@ class Search:
 
     def made(self, pair: tuple[str, str]) -> tuple[str, str]:
         """The pair itself where its search was made, else the one that stands in for it."""
+        return next(iter(self.standing(pair)), pair)
+
+    def standing(self, pair: tuple[str, str]) -> list[tuple[str, str]]:
+        """The searches that were made of those that may give a rate for this pair, the nearest first."""
         name, plan = pair
-        return next(((name, one) for one in METHODS[name].searched(plan) if (name, one) in self.found), pair)
+        return [(name, one) for one in METHODS[name].searched(plan) if (name, one) in self.found]
 
     def best(self, pair: tuple[str, str]) -> float | None:
         """The rate with the lowest nll on the rows that are held out of training; None where nothing was searched."""
