@@ -235,7 +235,7 @@ def _averaged(model: nn.Module, routing: str | None, calibration: Path | None, t
     return folded, report.approximation
 
 
-def _write_folder(model: transformers.PreTrainedModel, folder: Path, tokenizer: str | None) -> None:
+def _write_folder(model: "transformers.PreTrainedModel", folder: Path, tokenizer: str | None) -> None:
     """save_pretrained with the tokenizer beside it; aside first, so that the folder is there whole or not at all."""
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as aside:

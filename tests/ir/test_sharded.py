@@ -23,7 +23,7 @@ def test_what_is_loaded_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [is_sharded(plain), is_sharded(sharded), fsdp_class()] == [False, True, Sharded]
 
 
-def test_import_of_sarac_loads_no_more_than_it_needs() -> None:
+def test_import_of_sarac_and_its_commands_loads_no_more_than_it_needs() -> None:
     slow = {
         "torch.distributed.tensor",
         "torch.distributed.fsdp",
@@ -31,6 +31,7 @@ def test_import_of_sarac_loads_no_more_than_it_needs() -> None:
         "torch._dynamo",
         "peft",
     }
-    code = f"import sarac, sys; print(sorted({slow!r} & set(sys.modules)), 'transformers' in sys.modules)"
+    slow |= {"transformers.modeling_utils", "torchao"}  # what an annotation of the commands once loaded
+    code = f"import sarac.cli, sys; print(sorted({slow!r} & set(sys.modules)), 'transformers' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["[]", "True"]
