@@ -11,7 +11,8 @@ from sarac.ir.health import Health
 NEARLY_FULL, SMALL = 0.95, 8  # k / n at which factors are as dear as the weight; below so many values that does not matter
 COVERED = 0.1  # of Σ s²: shifts of less can hardly change the weight
 LARGE, STILL = 0.3, 0.5  # a large shift, and how many of one site may stay behind it
-BEYOND = 0.01  # of the shifts: a few are of 1 and more after many good steps
+TURNED = 1 / 3  # of a site's directions, gone or turned round: good runs come to a fifth, a random walk to a half
+SWAMPED = 4.0  # ‖Δ‖ over ‖W‖: 300 good steps at recommended rates came to 1.3, of random factors to 2.8; at 10 times them to 38
 LOST = 0.25  # of a delta, by rounding
 FAR_TOO_LOW = 100.0  # times below the recommended rate
 UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's gradient over its site's
@@ -138,9 +139,14 @@ RANK = (
 )  # fmt: skip
 SCALE = (
     Rule(
-        "far", lambda one: one.largest if one.beyond > BEYOND and one.covered is not None else None, max,
-        "{where}: more than 1 % of |δ| are beyond 1, up to {value:.3g}. At δ = -1 a direction is gone, and turned over below: "
-        "lower the learning rate (sarac.recommended_lr), or give the shifts weight decay.",
+        "swamped", lambda one: one.delta if one.delta > SWAMPED else None, max,
+        "{where}: the change is up to {value:.3g} times as large as its weight, of which little is left. {lower}. Where it "
+        "started so: δ starts at 0, and U, s and V are to stay as sarac.transform made them.",
+    ),
+    Rule(
+        "far", lambda one: one.turned if one.turned > TURNED and one.covered is not None and one.rank >= SMALL else None, max,
+        "{where}: up to {value:.0%} of the directions are turned round (δ of -1 and less), so that what the weight did there is "
+        "lost. {lower}.",
     ),
     Rule(
         "rounded", lambda one: one.lost if one.lost is not None and one.lost > LOST and one.dtype != "float64" else None, max,

@@ -17,7 +17,7 @@ MOVED = 0.1  # a shift that shows in outputs
 STUCK = 1e-3  # of the largest shift in the model
 EXPLODING, VANISHING = 1e3, 1e-6  # norm of all gradients (usual: 0.1 to 10); one site's over the largest
 PATIENCE = 10  # optimiser steps after which shifts have moved, warm-up or not
-_SHOWN = 3
+_SHOWN, _ROUNDED = 3, 1.001
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ def findings(sites: Sequence[Health], setting: Setting) -> tuple[Finding, ...]:
     found += _of(sound, RANK)
     still = _unmoved(sound, setting)
     slow = [] if still else [one for one in sound if SLOW.value(one) is not None]
-    found += still or [*_of(slow, [SLOW]), *_of([one for one in sound if one not in slow], SCALE)]
-    faint = _gradients(sound, setting) if not broken else []
-    found += faint if still or slow else [*_stuck(sound), *faint]
+    scale = _of([one for one in sound if one not in slow], SCALE, lower=_lower(sound, setting))
+    found += still or [*_of(slow, [SLOW]), *scale]
+    swamped = any(one.name == "swamped" for one in scale)
+    faint = _gradients(sound, setting, arriving=not swamped) if not broken else []
+    found += faint if still or slow or swamped else [*_stuck(sound), *faint]
     found += _of(sound, ROUTER)
     full = {kind for one in found if one.name == "full rank" for kind in one.sites}
     return (*found, *_memory(sites, setting, full))
 
 
-def _of(sites: Sequence[Health], rules: Sequence[Rule]) -> list[Finding]:
+def _of(sites: Sequence[Health], rules: Sequence[Rule], **words: str) -> list[Finding]:
     """The findings of a group of rules, each site in the first that fits it."""
     hits: dict[str, list[tuple[Health, float]]] = {rule.name: [] for rule in rules}
     for one in sites:
@@ -68,23 +70,35 @@ def _of(sites: Sequence[Health], rules: Sequence[Rule]) -> list[Finding]:
                 hits[rule.name].append((one, value))
                 break
     return [
-        _finding(rule.name, [one for one, _ in hit], rule.worst([value for _, value in hit]), rule.text, rule.roles)
+        _finding(rule.name, [one for one, _ in hit], rule.worst([value for _, value in hit]), rule.text, rule.roles, **words)
         for rule in rules
         if (hit := hits[rule.name])
     ]
 
 
 def _finding(
-    name: str, sites: Sequence[Health], value: float, text: str, roles: Callable[[Health], Sequence[str]] = lambda one: ()
-) -> Finding:
+    name: str, sites: Sequence[Health], value: float, text: str, roles: Callable[[Health], Sequence[str]] = lambda one: (),
+    **said: str,
+) -> Finding:  # fmt: skip
     kinds = tuple(dict.fromkeys(one.kind for one in sites))
     shown = ", ".join(kinds[:_SHOWN]) + (f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
     where = f"{shown} ({len(sites)} site{'s' if len(sites) > 1 else ''})"
     meant = [(role, dtype) for one in sites for role, dtype in zip(one.trains, one.dtypes, strict=True) if role in roles(one)]
-    words = {"where": where, "dtype": sites[0].dtype, "roles": named([role for role, _ in meant])}
+    words = {"where": where, "dtype": sites[0].dtype, "roles": named([role for role, _ in meant]), **said}
     wanted = min(one.lr for one in sites)
     stored = ", ".join(dict.fromkeys(dtype for _, dtype in meant))
     return Finding(name, kinds, value, text.format(value=value, wanted=wanted, stored=stored, **words))
+
+
+def _lower(sites: Sequence[Health], setting: Setting) -> str:
+    """What to change about shifts that went too far; no rate is advised that may be the one at which they did."""
+    wanted, rate = min((one.lr for one in sites), default=0.0), setting.rate
+    other = "train for fewer steps, or give what trains weight decay"
+    if rate is None:
+        return f"If the learning rate was above the recommended {wanted:g}, lower it; else {other}"
+    if rate > wanted * _ROUNDED:
+        return f"Lower the learning rate of {rate:g}, which is {rate / wanted:.3g} times the recommended {wanted:g}"
+    return f"The learning rate of {rate:g} is not above the recommended {wanted:g}: {other}"
 
 
 def _unmoved(sites: Sequence[Health], setting: Setting) -> list[Finding]:
@@ -119,8 +133,8 @@ def _stuck(sites: Sequence[Health]) -> list[Finding]:
     return [_finding("stuck", found, max(one.largest for one in found), text)] if found else []
 
 
-def _gradients(sites: Sequence[Health], setting: Setting) -> list[Finding]:
-    """Gradients that explode all together, and those that do not arrive."""
+def _gradients(sites: Sequence[Health], setting: Setting, *, arriving: bool) -> list[Finding]:
+    """Gradients that explode all together, and those that do not arrive, unless a swamped weight lets none through."""
     norm = math.hypot(*(one.grad or 0.0 for one in sites)) if setting.norm is None else setting.norm
     found = []
     if not norm <= EXPLODING and sites:
@@ -128,7 +142,7 @@ def _gradients(sites: Sequence[Health], setting: Setting) -> list[Finding]:
         text = "{where}: the gradients' norm over all sites is {value:.3g}, most of it here. Lower the learning rate, clip "
         text += "gradients (max_grad_norm), and see that the loss is a mean and not a sum."
         found.append(_finding("exploding", [one for one in sites if (one.grad or 0.0) >= top / 2.0], norm, text))
-    faint = [one for one in sites if _faint(one, sites)]
+    faint = [one for one in sites if arriving and _faint(one, sites)]
     if faint:
         text = "{where}: hardly a gradient arrives (norm {value:.1e}). Look whether the inputs reach these weights, and whether "
         text += "the loss depends on them; else leave them out with `where`."

@@ -93,6 +93,7 @@ class Monitor(TrainerCallback):
         self._norms: dict[str, float] = {}
         self._kept: tuple[Any, tuple[dict[str, int], dict[str, str]]] = (None, ({}, {}))
         self._clipped: float | None = None
+        self._rate: float | None = None  # the optimiser's, as it was last seen
         self._clip = 0.0  # to what the Trainer clips, 0 where it does not
         self._unclipped = Unclipped()
         self._rates = Rates()
@@ -195,7 +196,8 @@ class Monitor(TrainerCallback):
         notes = (_UNSEEN.format(self._clip, self.every),) if self._clip and self._clipped is None and not ends else ()
         size = base_bytes(model)
         limit = room(size) if self.memory is None else self.memory
-        setting = Setting(limit, size, step, _rate(groups), self._clipped, schedules)
+        self._rate = _rate(groups) if groups else self._rate
+        setting = Setting(limit, size, step, self._rate, self._clipped, schedules)
         found = Diagnosis(type(model).__name__, sites, findings(sites, setting), most_tokens(sites), step=step, notes=notes)
         self._keep(found)
         return found

@@ -1,5 +1,6 @@
 """Diagnosis and Monitor: healthy models have no finding, every planted fault its own, and looking changes nothing."""
 
+import itertools
 import json
 import math
 import re
@@ -84,7 +85,11 @@ def still(model: Model) -> None:
 
 
 def far(model: Model) -> None:
-    shift(model)[0] = -1.5
+    shift(model)[:3] = -1.5
+
+
+def grown(model: Model) -> None:
+    next(slots(model))[0].sara_u.data.mul_(40.0)
 
 
 def unmoved(model: Model) -> None:
@@ -122,7 +127,8 @@ PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]]
     "full rank": (plain, lambda _: plain("threshold:1.0"), "0.weight", r"k is up to 100% .* forgotten\. Where the task alone"),
     "low rank": (plain, lambda _: plain("rank:1", 96, 96), "0.weight", r"as little as \d\.\d% of Σ s²"),
     "still": (plain, still, "0.weight", r"up to 75% of the shifts did not move"),
-    "far": (plain, far, "0.weight", r"up to 1\.5\. .* lower the learning rate"),
+    "far": (plain, far, "0.weight", r"up to 38% of the directions are turned round .* was above the recommended 0\.01, lower it"),
+    "swamped": (lambda: plain("rank:4,train=factors"), grown, "0.weight", r"up to \d\d(\.\d)? times as large as its weight"),
     "unmoved": (plain, unmoved, "0.weight", r"beyond \d\.\de-05, .* recommended rate 0\.01"),
     "rounded": (lambda: plain(dtype=torch.bfloat16), small, "0.weight", r"merged into bfloat16, up to \d\d% .* float32"),
     "coarse": (
@@ -743,11 +749,84 @@ def test_monitor_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert found.sites[0].lost is not None
     assert [one.step for one in monitor.history] == [0, 2, 4, 5]
     assert not any(module._forward_hooks for module in model.modules())
-    shift(model)[:] = 3.0
-    with pytest.warns(sarac.SaracWarning, match=r"At step 6, far: 0\.weight \(1 site\)"):
+    shift(model)[:] = 9.0
+    with pytest.warns(sarac.SaracWarning, match=r"At step 6, swamped: 0\.weight \(1 site\)"):
         monitor.step(model, 6)
     sarac.Monitor(file=tmp_path / "log.jsonl", batch=torch.randn(60, 24)).step(plain(method="mosara"), 0)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+
+
+# Frozen factors that are no longer singular vectors are another finding.
+SWAMPING: dict[str, Callable[[Model], Any]] = {
+    "a start far away": lambda model: shift(model).fill_(40.0),
+    "a scale": lambda model: next(slots(model))[0].sara_scale.mul_(100.0),
+    "a factor": grown,
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [
+        *itertools.product(["rank:4,train=factors", "rank:4,train=factors,init=random"], SWAMPING),
+        *(("rank:8", what) for what in SWAMPING if what != "a factor"),
+    ],
+)
+def test_change_that_swamps_its_weight(plan: str, what: str) -> None:
+    """Of every method, and without the advice to leave out weights that it lets no gradient reach."""
+    model, x = plain(plan), torch.randn(64, 24)
+    assert names(sarac.diagnose(model, x, loss=square)) == []
+    SWAMPING[what](model)
+    found = {one.name: one for one in sarac.diagnose(model, x * 1e-3, loss=square).findings}
+    assert found["swamped"].sites == ("0.weight",)
+    assert found["swamped"].value > 4.0
+    assert "vanishing" not in found
+
+
+def test_gradients_that_a_swamped_weight_stops_are_not_told() -> None:
+    model, x = plain(), torch.randn(64, 24)
+    model[1] = nn.Softmax(-1)
+    assert names(sarac.diagnose(model, x, loss=square)) == []
+    shift(model)[:] = 1e4
+    assert names(sarac.diagnose(model, x, loss=square)) == ["swamped"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (0.1, r"Lower the learning rate of 0\.1, which is 10 times the recommended 0\.01"),
+        (0.01, r"of 0\.01 is not above the recommended 0\.01: train for fewer steps"),
+        (None, r"If the learning rate was above the recommended 0\.01, lower it; else train for fewer steps"),
+    ],
+)
+@pytest.mark.parametrize(("size", "name"), [(-1.5, "far"), (-9.0, "swamped")])
+def test_rate_is_advised_only_where_it_is_lower(rate: float | None, said: str, size: float, name: str) -> None:
+    model, monitor, x = plain(), sarac.Monitor(every=1), torch.randn(9, 24)
+    square(model(x)).backward()
+    shift(model)[:] = size
+    groups = [one for one in model.parameters() if one.requires_grad]
+    with pytest.warns(sarac.SaracWarning, match=f"{name}: .*{said}"):
+        monitor.step(model, 1, optimizer=torch.optim.Adam(groups, lr=rate) if rate else None)
+    if rate:  # what the last record knows of the rate is still known at the end
+        assert re.search(said, monitor.finish(model, 2).findings[0].text)
+
+
+def test_few_directions_that_are_turned_round_are_good_training() -> None:
+    model, x = plain(), torch.randn(64, 24)
+    shift(model)[:2] = -1.5
+    shift(model)[2:] = 1.5
+    assert names(sarac.diagnose(model, x, loss=square)) == []
+    one = sarac.diagnose(model, x, loss=square).sites[0]
+    assert (one.turned, one.beyond) == (0.25, 1.0)
+
+
+@pytest.mark.parametrize("plan", ["rank:4", "rank:4,train=factors", "rank:4,train=factors,init=random", "rank:4,sets=2"])
+def test_scale_that_is_all_zero_is_no_crash(plan: str) -> None:
+    model = plain(plan, method="mosara" if "sets" in plan else "sara")
+    for module, _ in slots(model):
+        module.sara_scale.zero_()
+    found = sarac.diagnose(model, torch.randn(64, 24), loss=square)
+    assert [(one.delta, one.moved, one.largest, one.still) for one in found.sites] == [(0.0,) * 4] * 2
+    assert json.loads(found.to_json())["sites"][0]["beyond"] == 0.0
 
 
 def test_monitor_knows_what_gradients_were_before_they_were_clipped() -> None:

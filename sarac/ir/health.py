@@ -45,7 +45,8 @@ class Health:
     moved: float  # root mean square of δ, which started at 0
     largest: float  # of |δ|
     beyond: float  # the share of |δ| of 1 and more
-    still: float  # the share of δ that moved less than 1/1000 of the largest
+    turned: float  # the share of δ of -1 and less, whose directions are gone or turned round
+    still: float  # the share of directions that in no set that is used moved by 1/1000 of the largest
     covered: float | None  # Σ s² of the k directions over ‖W‖²; None where they are no singular ones
     floored: int  # directions whose singular value counts as zero
     grad: float | None  # norm of the gradient of all that trains here
@@ -91,7 +92,8 @@ def health(
     grads = {role: whole(found) for role, tensor in held.items() if (found := gradient(tensor)) is not None}
     own = {role: tensors[role] for role in adapter.trainable}
     frozen = [tensors[role] for role in tensors if role not in own and role not in adapter.borrowed]
-    size = moves(slot, tensors).abs()
+    size, gates = moves(slot, tensors).abs(), watch.gates(slot.site)
+    largest = float(size.max()) if len(size) else 0.0  # of a scale that is all zero no shift counts
     scale, singular = tensors["scale"], not (isinstance(adapter, Sara) and adapter.basis == "random")
     parts, out, inner = sizes_of(slot, module)
     return Health(
@@ -106,15 +108,16 @@ def health(
         lr=adapter.lr,
         finite=all(bool(one.isfinite().all()) for one in (*own.values(), *grads.values())),
         delta=_over(change(slot, tensors, watch), norm),
-        moved=float(size.square().mean().sqrt()),
-        largest=float(size.max()),
-        beyond=float((size >= 1.0).double().mean()),
-        still=float((size <= _STILL * size.max()).double().mean()) if bool(size.any()) else 0.0,
+        moved=float(size.square().mean().sqrt()) if len(size) else 0.0,
+        largest=largest,
+        beyond=_share(size >= 1.0),
+        turned=_share(moves(slot, tensors) <= -1.0),
+        still=_share(farthest(slot, tensors, gates) <= _STILL * largest) if largest else 0.0,
         covered=_over(float(scale.double().norm()), norm) ** 2 if singular else None,
         floored=floored(scale, torch.empty((out, inner), dtype=weight.dtype, device="meta")) if singular else 0,
         grad=_norm(grads[role] for role in adapter.trainable if role in grads),
         router_grad=_norm(grads[role] for role in _ROUTER if role in grads),
-        gates=watch.gates(slot.site),
+        gates=gates,
         likeness=likeness(tensors["shift"]) if sets_of(slot) > 1 else None,
         adapters=_bytes(own.values()),
         factors=_bytes(frozen),
@@ -145,6 +148,18 @@ def moves(slot: Slot, tensors: Tensors) -> Tensor:
     real = (scale.unsqueeze(-2) if sets_of(slot) else scale) != 0
     found: Tensor = shift[real.expand_as(shift)].double()
     return found
+
+
+def farthest(slot: Slot, tensors: Tensors, gates: Gates | None = None) -> Tensor:
+    """The largest |δ| of every direction over the sets that get tokens, over all where nobody saw gates, as one vector.
+
+    A set without tokens never moves, which says nothing of its directions.
+    """
+    size, scale = tensors["shift"].double().abs(), tensors["scale"]
+    if sets_of(slot):
+        used = [index for index, share in enumerate(gates.use) if share > 0.0] if gates else []
+        size = (size[..., used, :] if used else size).amax(-2)
+    return size[scale != 0]
 
 
 def likeness(shift: Tensor) -> float | None:
@@ -203,6 +218,10 @@ def _name(dtype: torch.dtype) -> str:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _share(marks: Tensor) -> float:
+    return float(marks.double().mean()) if len(marks) else 0.0
 
 
 def _over(top: float, bottom: float) -> float:

@@ -13,7 +13,7 @@ from zoo import mlp, seed, shake
 
 import sarac
 from sarac.ir.gates import Watch, slots, watching
-from sarac.ir.health import Health, change, equal_gates, floored, health, likeness, moves, norms
+from sarac.ir.health import Health, change, equal_gates, farthest, floored, health, likeness, moves, norms
 from sarac.ir.weight import Slot
 
 PLANS = {
@@ -188,8 +188,24 @@ def test_shifts_moved_and_stayed() -> None:
     assert found.largest == pytest.approx(0.6)
     assert found.moved == pytest.approx(math.sqrt((0.36 + 1e-10 + 0.09) / 4))
     assert found.still == 0.5
+    assert (found.beyond, found.turned) == (0.0, 0.0)
+    shift.data.copy_(torch.tensor([1.0, -1.0, -2.0, 0.3]))
+    assert (figures(model).beyond, figures(model).turned) == (0.75, 0.5)
     shift.data.zero_()
     assert (figures(model).still, figures(model).moved, figures(model).delta) == (0.0, 0.0, 0.0)
+
+
+def test_direction_is_as_far_as_its_farthest_set_that_is_used() -> None:
+    model = tiny("rank:4,sets=3", "mosara")
+    module, slot, tensors = held(model)
+    rows = torch.tensor([[0.5, -0.4, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.9]], dtype=torch.float64)
+    tensors["shift"].copy_(rows)
+    assert farthest(slot, tensors).tolist() == [0.5, 0.4, 0.3, 0.9]
+    assert figures(model).still == 0.0
+    watch = Watch(model)
+    watch.note(slot.tensors(module)["shift"], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert farthest(slot, tensors, watch.gates(slot.site)).tolist() == [0.5, 0.4, 0.3, 0.0]
+    assert figures(model, watch).still == 0.25
 
 
 def test_spectrum_that_is_covered() -> None:
