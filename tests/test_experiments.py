@@ -470,7 +470,7 @@ def test_report_is_made_of_the_lines(results: Path, tmp_path: Path, monkeypatch:
         assert known.mean(entry.spec).text() in text
     assert (tmp_path / "plots" / "study_3.png").stat().st_size > 1000
     assert not (tmp_path / "plots" / "study_8.png").exists()
-    assert "Not run: 6 of 6 runs" in text
+    assert "Not run, and made by the same command: 6 of 6 runs" in text
     changed = [{**line, "nll": line["nll"] + 1.0} if "nll" in line else line for line in found]
     monkeypatch.setattr(module.plots, "grouped", lambda *_: "")
     section = report.section(3, lines.Lines(changed), "tiny", tmp_path)

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,19 @@ from sarac.passes.choose import Choose
 from sarac.passes.rewrite import Rewrite
 
 SHUFFLED = "|shuffled"
+
+
+def dealt(ranks: Mapping[str, int], shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, int]:
+    """The ranks dealt anew by chance, each to a weight of the same least and summed dimensions."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name in ranks:
+        groups.setdefault((min(shapes[name]), sum(shapes[name])), []).append(name)
+    draw, found = random.Random(f"ranks {seed}"), dict(ranks)
+    for names in groups.values():
+        hand = [ranks[name] for name in names]
+        draw.shuffle(hand)
+        found |= dict(zip(names, hand, strict=True))
+    return found
 
 
 class Bench:
@@ -44,15 +58,9 @@ class Bench:
         """The same ranks among weights of the same least and summed dimensions, so that no rank is too large for its new
         weight and the numbers that train stay the same to one.
         """
-        groups: dict[tuple[int, int], list[str]] = {}
-        for name in plan.sites:
-            out, inner = self.graph.sites[name].shape
-            groups.setdefault((min(out, inner), out + inner), []).append(name)
-        draw, sites = random.Random(f"ranks {seed}"), dict(plan.sites)
-        for names in groups.values():
-            ranks = [plan.sites[name].rank for name in names]
-            draw.shuffle(ranks)
-            sites |= {name: at_rank(plan.sites[name], rank) for name, rank in zip(names, ranks, strict=True)}
+        ranks = {name: site.rank for name, site in plan.sites.items()}
+        given = dealt(ranks, {name: self.graph.sites[name].shape for name in ranks}, seed)
+        sites = {name: at_rank(site, given[name]) for name, site in plan.sites.items()}
         return replace(plan, sites=sites, rule=f"{plan.rule}{SHUFFLED}")
 
     def adapted(self, rule: str, options: str = "", method: str = "sara", seed: int = 0, shuffle_seed: int = 0) -> nn.Module:

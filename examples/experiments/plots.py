@@ -18,7 +18,8 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _written(figure: Any, path: Path) -> str:
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return f"![{path.stem.replace('_', ' ')}]({path.parent.name}/{path.name})"
@@ -35,17 +36,50 @@ def curves(lines: Mapping[str, Mapping[float, Any]], path: Path, across: str, up
     if not shown:
         return ""
     figure, axes = _axes()
-    for number, (name, points) in enumerate(shown.items()):
+    _drawn(axes, shown, log)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up + _cut(axes, [_of(one) for points in shown.values() for one in points.values()]))
+    many = len(shown) > 6
+    axes.legend(fontsize=6, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
+    return _written(figure, path)
+
+
+def _drawn(axes: Any, lines: Mapping[str, Mapping[float, Any]], log: bool) -> None:
+    """The lines of one pair of axes."""
+    for number, (name, points) in enumerate(lines.items()):
         places = sorted(points)
         values = [_of(points[x]) for x in places]
         how = {"linestyle": DASHES[number // 10 % len(DASHES)], "marker": "o", "markersize": 3, "capsize": 2}
         axes.errorbar(places, [v for v, _ in values], [h for _, h in values], label=name, **how)
     if log:
         axes.set_xscale("log")
-    axes.set_xlabel(across)
-    axes.set_ylabel(up + _cut(axes, [_of(one) for points in shown.values() for one in points.values()]))
-    many = len(shown) > 6
-    axes.legend(fontsize=6, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
+
+
+def panels(parts: Mapping[str, Mapping[str, Mapping[float, Any]]], path: Path, across: str, up: str, log: bool = False) -> str:
+    """Small plots two abreast, each with its title: with a legend each and one scale, or, of the same names, with one legend."""
+    from matplotlib.figure import Figure
+
+    shown = {title: lines for title, lines in parts.items() if lines}
+    if not shown:
+        return ""
+    alike = len({tuple(lines) for lines in shown.values()}) == 1
+    rows = (len(shown) + 1) // 2
+    figure = Figure(figsize=(9.0 if alike else 10.5, 2.6 * rows), layout="constrained")
+    every = figure.subplots(rows, 2, sharex=True, sharey=not alike, squeeze=False).flatten()
+    for axes, (title, lines) in zip(every, shown.items(), strict=False):
+        _drawn(axes, lines, log)
+        axes.set_title(title, fontsize=8)
+        if not alike:
+            axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if alike:
+        figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    else:
+        values = [_of(one) for lines in shown.values() for points in lines.values() for one in points.values()]
+        up += _cut(every[0], values)
+    for axes in every[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel(across, fontsize=8)
+    figure.supylabel(up, fontsize=8)
     return _written(figure, path)
 
 

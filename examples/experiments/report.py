@@ -19,7 +19,7 @@ from experiments import scoring
 from experiments.lines import Lines, table
 from experiments.methods import METHODS
 from experiments.run import BY_VALUE, read, searching, study
-from experiments.spec import merged, missing
+from experiments.spec import Spec, merged, missing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"  # the committed lines
@@ -44,15 +44,21 @@ def section(number: int, lines: Lines, model: str, folder: Path) -> str:
     module = study(number)
     specs = merged(module.specs(model))
     ready, waiting = lines.search.resolved(specs)
-    lacking = [*missing(ready, lines.all), *waiting]
+    search = searching(specs, model)
+    lacking, unsearched = [*missing(ready, lines.all), *waiting], missing(search, lines.all)
     parts = [f"## {number}. {module.TITLE}", module.QUESTION, conclusions(model).get(str(number), "No conclusion is drawn yet.")]
     parts.append(module.report(lines, model, folder))
     parts.append(f"Made by `{COMMAND.format(number, model)}`.")
-    if lacking:
-        names = Counter(" ".join(filter(None, (METHODS[s.method].label, s.plan, s.task, s.kind))) for s in lacking)
-        told = ", ".join(f"{name} ({count})" for name, count in names.items())
-        parts.append(f"Not run: {len(lacking)} of {len(specs)} runs, which the same command makes: {told}.")
+    left = [told(*one) for one in ((lacking, specs, "runs"), (unsearched, search, "runs of the search")) if one[0]]
+    if left:
+        parts.append(f"Not run, and made by the same command: {'; '.join(left)}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def told(lacking: Sequence[Spec], of: Sequence[Spec], what: str) -> str:
+    """How many of these runs are lacking, and which."""
+    names = Counter(" ".join(filter(None, (METHODS[s.method].label, s.plan, s.task, s.kind))) for s in lacking)
+    return f"{len(lacking)} of {len(of)} {what}: {', '.join(f'{name} ({count})' for name, count in names.items())}"
 
 
 def about(lines: Sequence[dict[str, Any]], model: str) -> str:

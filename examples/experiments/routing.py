@@ -82,5 +82,5 @@ def figures(model: nn.Module, inner: Any, tasks: Mapping[str, Any]) -> dict[str,
         "dead": float((use < 1 / (10 * use.shape[1])).double().mean()),
         "entropy_by_site": [round(float(one), 4) for one in tokens / most],
         "use_by_task": {name: part.mean((0, 1)).tolist() for name, part in zip(tasks, rows, strict=True)},
-        "between_tasks": seen, "between_by_chance": chance, "p": p_value,
+        "between_tasks": seen, "between_by_chance": chance, "p": p_value, "rows": len(together),
     }  # fmt: skip

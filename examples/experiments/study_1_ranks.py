@@ -69,7 +69,7 @@ def correlations(rows: Sequence[Row]) -> list[tuple[str, int, list[tuple[float, 
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """A table and a plot for every model."""
+    """A table and a plot for every model, with a panel for every threshold."""
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
@@ -89,13 +89,19 @@ def report(rows: Sequence[Row], folder: Path) -> str:
             f"{model}: Spearman's ρ of k/n with the layer. In bold what stays below p = {SURE} after Bonferroni's correction "
             f"over the model's {tests} tests: {sure}, of which {up} rise with depth.\n\n{table(heads, lines)}"
         )
-        shares: dict[str, dict[float, float]] = {}
-        for row in mine:
-            if row["layer"] is not None:
-                label = ".".join(part for part in row["kind"].split(".") if part not in ("weight", "*", "layers")).lstrip("_")
-                shares.setdefault(label, {})[row["layer"]] = row["ranks"]["0.6"] / row["full_rank"]
-        parts.append(plots.curves(shares, folder / f"study_1_{model}.png", "layer", "k / n at 0.6"))
+        by_threshold = {f"threshold {threshold}": shares(mine, threshold) for threshold in THRESHOLDS}
+        parts.append(plots.panels(by_threshold, folder / f"study_1_{model}.png", "layer", "k / n"))
     return "\n\n".join(parts)
+
+
+def shares(rows: Sequence[Row], threshold: str) -> dict[str, dict[float, float]]:
+    """k/n by layer, of every kind of weight."""
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["layer"] is not None:
+            label = ".".join(part for part in row["kind"].split(".") if part not in ("weight", "*", "layers")).lstrip("_")
+            found.setdefault(label, {})[row["layer"]] = row["ranks"][threshold] / row["full_rank"]
+    return found
 
 
 def main() -> None:

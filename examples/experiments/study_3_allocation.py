@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.lines import Entry, Lines, comparison
+from experiments.bench import dealt
+from experiments.lines import Entry, Lines, comparison, table
 from experiments.methods import METHODS
+from experiments.run import read
 from experiments.spec import Spec, seeds
 
 TITLE = "Adaptive, fixed and shuffled ranks at one total"
@@ -13,6 +15,7 @@ QUESTION = "Is it the allocation of the ranks or their sum that counts?"
 VALUES = (0.1, 0.3, 0.6)
 FACTORS = {4: "budget:1221960", 8: "budget:2443920"}  # the totals of these fixed ranks, which thresholds do not hit so closely
 KINDS = {"adaptive": "{}", "fixed": "uniform:like={}", "shuffled": "{}|shuffled"}
+RANKS = Path(__file__).parent / "results" / "study_1.jsonl"
 Groups = dict[str, list[Entry]]
 
 
@@ -44,5 +47,21 @@ def report(lines: Lines, model: str, folder: Path) -> str:
         parts.append(f"{title}:\n\n{comparison(lines, group, group[0])}")
         for entry in group:
             points.setdefault(entry.label, []).append((title.replace(", ", "\n"), lines.mean(entry.spec)))
+    parts.append(moves() if model == "smollm2" else "")
     parts.append(plots.grouped(points, folder / "study_3.png", "nll on test rows"))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def moves(path: Path = RANKS) -> str:
+    """Which part of the ranks each control takes from one weight and gives to another, by the ranks of study 1."""
+    rows = [row for row in read(path) if row["model"] == "smollm2"]
+    shapes, found = {row["site"]: row["shape"] for row in rows}, []
+    for threshold in (f"{value:g}" for value in VALUES) if rows else ():
+        ranks = {row["site"]: row["ranks"][threshold] for row in rows}
+        fixed = dict.fromkeys(ranks, sum(ranks.values()) // len(ranks))
+        plans = [fixed, *(dealt(ranks, shapes, seed) for seed in range(3))]
+        shares = [sum(abs(plan[name] - k) for name, k in ranks.items()) / 2 / sum(ranks.values()) for plan in plans]
+        found.append([threshold, f"{100 * shares[0]:.1f}", ", ".join(f"{100 * share:.1f}" for share in shares[1:])])
+    heads = ["threshold", "fixed, %", "shuffled, % (seeds 0, 1, 2)"]
+    told = "What each control moves: half of the sum of the changes of k, of the sum of k. A shuffle deals ranks only"
+    return f"{told} among weights of one shape: q and o, k and v, the three of the MLP.\n\n{table(heads, found)}" if found else ""

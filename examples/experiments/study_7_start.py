@@ -9,6 +9,13 @@ from experiments.spec import Spec, seeds
 
 TITLE = "Start, parametrisation, learning rate"
 QUESTION = "What of init, scale and parametrisation matters, and how narrow is the window of good rates?"
+FAMILIES = {
+    "sara-factors": "SARA, factors",
+    "mosara": "Mo-SARA",
+    "sara": "SARA, singular values",
+    "lora": "LoRA",
+    "": "Other methods",
+}
 
 
 def groups(model: str) -> dict[str, list[Entry]]:
@@ -46,9 +53,19 @@ def report(lines: Lines, model: str, folder: Path) -> str:
     if rows:
         parts += ["‖UᵀU − I‖/√k of the trained factors, and V's:", table(["", "U", "V"], rows)]
     parts.append(searched(lines))
-    curves = {f"{METHODS[name].label} {plan}": dict(sorted(tried.items())) for (name, plan), tried in lines.search.found.items()}
-    parts.append(plots.curves(curves, folder / "study_7.png", "learning rate", "nll on held-out rows, short runs", log=True))
+    up = "nll on held-out rows, short runs"
+    parts.append(plots.panels(families(lines), folder / "study_7.png", "learning rate", up, log=True))
     return "\n\n".join(parts)
+
+
+def families(lines: Lines) -> dict[str, dict[str, dict[float, float]]]:
+    """The nll by rate of every search, by what the methods have in common."""
+    found: dict[str, dict[str, dict[float, float]]] = {title: {} for title in FAMILIES.values()}
+    for (name, plan), tried in sorted(lines.search.found.items()):
+        title = next(title for start, title in FAMILIES.items() if name.startswith(start))
+        label = f"{METHODS[name].label.removeprefix('SARA, ').removeprefix('Mo-SARA, ')} {plan}".strip()
+        found[title][label] = dict(sorted(tried.items()))
+    return found
 
 
 def searched(lines: Lines) -> str:

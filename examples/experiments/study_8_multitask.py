@@ -46,7 +46,8 @@ def report(lines: Lines, model: str, folder: Path) -> str:
         each = [lines.mean(entry.spec, lambda line, t=task: line["nll_by_task"].get(t)) for task in tasks]  # type: ignore[misc]
         if all(each):
             gap = paired(lines.values(entry.spec), reference) if entry != every[0] else None
-            rows.append([entry.label, *(one.text() for one in each if one), difference(gap)])
+            trains = next(iter(lines.of(entry.spec).values()))["trained"]
+            rows.append([entry.label, f"{trains:,}", *(one.text() for one in each if one), difference(gap)])
             points[entry.label] = list(zip(tasks, each, strict=True))
     alone = [lines.values(spec) for spec in singles]
     shared = sorted(set.intersection(*(set(found) for found in alone)))
@@ -54,10 +55,10 @@ def report(lines: Lines, model: str, folder: Path) -> str:
         label = f"{len(tasks)} SARA, singular values, {PLAN}"
         each = [mean([found[seed] for seed in shared]) for found in alone]
         total = {seed: sum(found[seed] for found in alone) / len(alone) for seed in shared}
-        rows.append([label, *(one.text() for one in each if one), difference(paired(total, reference))])
+        trained = sum(next(iter(lines.of(spec).values()))["trained"] for spec in singles)
+        rows.append([label, f"{trained:,}", *(one.text() for one in each if one), difference(paired(total, reference))])
         points[label] = list(zip(tasks, each, strict=True))
-    parts = [
-        f"Each task's nll; the difference is of the mean over tasks:\n\n{table(['', *tasks, f'less {every[0].label}'], rows)}"
-    ]
+    heads = ["", "trains", *tasks, f"less {every[0].label}"]
+    parts = [f"Each task's nll; the difference is of the mean over tasks:\n\n{table(heads, rows)}"]
     parts += [comparison(lines, every, every[0]), plots.grouped(points, folder / "study_8.png", "nll on test rows")]
     return "\n\n".join(parts)
