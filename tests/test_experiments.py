@@ -31,7 +31,8 @@ def load(name: str) -> Any:
 bench, compiled, data, intervals, lines = map(load, ("bench", "compiled", "data", "intervals", "lines"))
 making, methods, plots = map(load, ("making", "methods", "plots"))
 report, routing, runner, scoring, search, sets = map(load, ("report", "routing", "runner", "scoring", "search", "sets"))
-run, spec, study_1, training = map(load, ("run", "spec", "study_1_ranks", "training"))
+run, spec, training = map(load, ("run", "spec", "training"))
+study_1, study_3, study_5 = map(load, ("study_1_ranks", "study_3_allocation", "study_5_routing"))
 Spec = spec.Spec
 QUICK: dict[str, Any] = {"task": "sums", "steps": 12, "batch": 8, "model": "tiny"}
 BRIEF = {**QUICK, "steps": 3}  # where it does not matter how much is learnt
@@ -478,6 +479,29 @@ def test_report_is_made_of_the_lines(results: Path, tmp_path: Path, monkeypatch:
         assert known.mean(entry.spec).text() not in section
 
 
+def test_searches_that_are_missing_are_told_beside_the_runs(results: Path, tmp_path: Path) -> None:
+    found = run.read(results)
+    gone = next(line["id"] for line in found if line["spec"]["seed"] == spec.SEARCH_SEED)
+    assert "Not run" not in report.section(3, lines.Lines(found), "tiny", tmp_path)
+    text = report.section(3, lines.Lines([line for line in found if line["id"] != gone]), "tiny", tmp_path)
+    assert "Not run, and made by the same command: " in text
+    assert " 1 of 4 runs of the search: SARA, singular values" in text
+
+
+def test_controls_of_the_allocation_say_how_much_they_move(tmp_path: Path) -> None:
+    ranks = {"a": 10, "b": 30, "c": 20}
+    each = [
+        {"model": "smollm2", "site": name, "shape": [64, 64], "ranks": dict.fromkeys(("0.1", "0.3", "0.6"), k)}
+        for name, k in ranks.items()
+    ]
+    (tmp_path / "ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    assert "| 0.3 | 16.7 |" in study_3.moves(tmp_path / "ranks.jsonl")  # 10 of 60 go from b to a
+    dealt = bench.dealt({**ranks, "d": 7}, {**dict.fromkeys(ranks, (64, 64)), "d": (64, 32)}, 0)
+    assert sorted(dealt.values()) == [7, 10, 20, 30]
+    assert dealt["d"] == 7
+    assert study_3.moves(tmp_path / "none.jsonl") == ""
+
+
 def test_peaks_are_of_runs_like_each_other(tmp_path: Path) -> None:
     known = Spec("lora", "r=1", lr=0.1, **QUICK)
     line = {"trained": 5, "peak_gib": 9.0, "train_s": 1.0}
@@ -577,6 +601,20 @@ def test_routers_that_tell_tasks_apart_are_seen() -> None:
     seen, chance, p = routing.permutation(noise, groups)
     assert p > 0.05
     assert seen < 3 * chance
+
+
+def test_what_tasks_differ_by_is_told_per_site_and_of_the_variance_between_rows() -> None:
+    draw, groups = torch.Generator().manual_seed(0), torch.tensor([0] * 12 + [1] * 12)
+    noise = 0.1 * torch.rand(24, 2, 2, generator=draw, dtype=torch.float64)
+    swapped = torch.tensor([[0.2, -0.2], [-0.2, 0.2]])  # the mean over sites does not see it
+    rows = noise + (2 * groups - 1)[:, None, None] * swapped
+    seen, chance, _ = routing.permutation(rows, groups)
+    found = {"between_tasks": seen, "between_by_chance": chance, "rows": 24, "use": [0.5] * 2, "entropy_by_site": [0.0] * 2}
+    found["use_by_task"] = dict.fromkeys(("sums", "larger"))
+    assert study_5.distance(found) == pytest.approx(0.2, abs=0.02)
+    variance = float(((rows - rows.mean(0)) ** 2).sum()) / 24
+    assert study_5.explained(found) == pytest.approx(seen / variance, rel=0.1)
+    assert seen / variance > 0.9
 
 
 def test_routing_figures_of_a_model(place: Any) -> None:
