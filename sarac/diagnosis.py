@@ -19,7 +19,7 @@ from sarac.findings import Finding, Setting, findings, size_text
 from sarac.ir.clone import clone
 from sarac.ir.errors import InputError, RewriteError
 from sarac.ir.gates import slots, watching
-from sarac.ir.health import Health, norms
+from sarac.ir.health import Health, misfits, norms
 from sarac.ir.inputs import Inputs
 from sarac.survey import base_bytes, keeping, losses, measured, most_tokens, require_adapters, require_room, room, unwrapped
 from sarac.tables import as_text
@@ -111,10 +111,12 @@ def diagnose(
     with _apart(model) as own, watching(own) as watch:
         value, grads = _backward(own, inputs, loss)
         sites = measured(own, watch, lambda tensor: grads.get(id(tensor)), norms(own))
-        gates = watch.means()
+        gates, fits = watch.means(), misfits(own)
     kept, schedules = keeping(model, sites)
     lost = losses(model, gates)
-    sites = tuple(replace(one, kept=kept[one.site], lost=lost.get(one.site) if one.finite else None) for one in sites)
+    sites = tuple(
+        replace(one, kept=kept[one.site], misfit=fits[one.site], lost=lost.get(one.site) if one.finite else None) for one in sites
+    )
     size = base_bytes(model)
     setting = Setting(room(size) if memory is None else memory, size, schedules=schedules)
     return Diagnosis(type(model).__name__, sites, findings(sites, setting), most_tokens(sites), value)
@@ -180,11 +182,13 @@ def _row(one: Health) -> Row:
     values = {name: value for name, value in asdict(one).items() if name != "gates"}
     gates = {name: getattr(one.gates, name, None) for name in ("entropy", "use", "spread")}
     found = {"site": one.site, "kind": one.kind, "layer": one.layer, "share": one.share, **values, **gates}
-    return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in found.items()}
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def _plain(value: Any) -> Any:
-    """The value, None for a number that JSON does not know."""
+    """The value, a tuple as a list, None for a number that JSON does not know."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,9 +9,10 @@ import torch
 from sarac.ir.health import Health
 
 NEARLY_FULL, SMALL = 0.95, 8  # k / n at which factors are as dear as the weight; below so many values that does not matter
+MISFIT, WHOLE = 0.1, 1.05  # of factors that another precision rounded a hundredth; all of Σ s², with bfloat16's rounding
 COVERED = 0.1  # of Σ s²: shifts of less can hardly change the weight
 LARGE, STILL = 0.3, 0.5  # a large shift, and how many of one site may stay behind it
-TURNED = 1 / 3  # of a site's directions, gone or turned round: good runs come to a fifth, a random walk to a half
+TURNED = 0.4  # of a site's directions, gone or turned round: good runs come to a third, a random walk to a half
 SWAMPED = 4.0  # ‖Δ‖ over ‖W‖: 300 good steps at recommended rates came to 1.3, of random factors to 2.8; at 10 times them to 38
 LOST = 0.25  # of a delta, by rounding
 FAR_TOO_LOW = 100.0  # times below the recommended rate
@@ -19,7 +20,8 @@ UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's g
 COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.999  # the share of one set, the spread of gates, the cosine of sets
 ENOUGH = 10  # tokens a set: of fewer a set may get none by chance
 STEPS = 3.0  # of Adam at the recommended rate: sets that moved less start out alike, since each gets nearly the same gradient
-_NAMES = {"u": "U", "shift": "δ", "v": "V", "router": "the router", "router_in": "the router's bottleneck"}
+_NAMES = {"u": "U", "shift": "δ", "v": "V", "router": "the router", "router_in": "the router's bottleneck", "scale": "s"}
+_NAMES["weight"] = "the base weight"
 _HALVES = ("bfloat16", "float16")
 
 
@@ -91,11 +93,6 @@ def _slow(one: Health) -> dict[str, float]:
     return {role: rate for role, rate in known.items() if rate * FAR_TOO_LOW < one.lr and role not in one.standing}
 
 
-BROKEN = Rule(
-    "not finite", lambda one: 1.0, sum,
-    "{where}: what trains, or its gradient, holds NaN or Inf. Go back to the last good checkpoint and train at a lower rate, in "
-    "bfloat16 or float32 rather than float16.",
-)  # fmt: skip
 STANDING = (
     Rule(
         "frozen", lambda one: float(len(one.frozen)) or None, sum,
@@ -119,6 +116,16 @@ RANK = (
         "floored", lambda one: float(one.floored) if one.floored else None, max,
         "{where}: up to {value:.0f} of the k directions have a singular value that counts as zero: a shift relative to it moves "
         "nothing. Lower the rank; threshold:1 stops at the numerical one.",
+    ),
+    Rule(
+        "foreign", lambda one: one.misfit if (one.misfit or 0.0) > MISFIT else None, max,
+        "{where}: U, s and V are not singular vectors and values of the weight (off by up to {value:.0%}), so that a shift does "
+        "not scale what the weight does. Load or change weights before sarac.transform, not after it: transform the model anew.",
+    ),
+    Rule(
+        "scale", lambda one: one.covered if (one.covered or 0.0) > WHOLE else None, max,
+        "{where}: Σ s² of the k directions is up to {value:.3g} times all of the weight's, so s is not that of the weight. Leave "
+        "s as sarac.transform made it, and load weights before it: transform the model anew.",
     ),
     Rule(
         "full rank", lambda one: one.share if one.share >= NEARLY_FULL and min(one.shape[-2:]) >= SMALL else None, max,

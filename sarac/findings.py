@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sarac.faults import BROKEN, COARSE, RANK, ROUTER, SCALE, SLOW, STANDING, Rule, named
+from sarac.faults import COARSE, RANK, ROUTER, SCALE, SLOW, STANDING, Rule, named
 from sarac.ir.health import Health
 from sarac.ir.record import TOO_LOW
 
@@ -45,7 +45,7 @@ class Setting:
 def findings(sites: Sequence[Health], setting: Setting) -> tuple[Finding, ...]:
     """All findings, in the order: broken values, what trains, rank, scale, gradients, routers, memory."""
     broken, sound = [one for one in sites if not one.finite], [one for one in sites if one.finite]
-    found = _of(broken, [BROKEN])
+    found = _broken(broken)
     found += [*_of(sound, STANDING), *_of(sound, [COARSE])]
     found += _of(sound, RANK)
     still = _unmoved(sound, setting)
@@ -88,6 +88,25 @@ def _finding(
     wanted = min(one.lr for one in sites)
     stored = ", ".join(dict.fromkeys(dtype for _, dtype in meant))
     return Finding(name, kinds, value, text.format(value=value, wanted=wanted, stored=stored, **words))
+
+
+def _broken(sites: Sequence[Health]) -> list[Finding]:
+    """Where NaN and Inf are: the sites whose own tensors hold them; all gradients are broken by any of these."""
+    own = [one for one in sites if one.broken]
+    if not own:
+        text = "{where}: the gradient holds NaN or Inf, and no tensor of an adapted weight does: the loss or an activation "
+        text += "overflows, or a weight that is not adapted is broken. Leave the step out, look at the inputs, and train at a "
+        text += "lower rate, in bfloat16 or float32 rather than float16."
+        return [_finding("not finite", sites, float(len(sites)), text)] if sites else []
+    roles = [role for one in own for role in one.broken]
+    text = f"{{where}}: {named(roles)} holds NaN or Inf."
+    if any(role in one.trains for one in own for role in one.broken):
+        text += " Go back to the last good checkpoint and train at a lower rate, in bfloat16 or float32 rather than float16."
+    if any(role not in one.trains for one in own for role in one.broken):
+        text += " What does not train was loaded or computed so: load the weights and transform the model anew."
+    if len(sites) > len(own):
+        text += f" The gradients of {len(sites) - len(own)} more follow from it."
+    return [_finding("not finite", own, float(len(own)), text)]
 
 
 def _lower(sites: Sequence[Health], setting: Setting) -> str:

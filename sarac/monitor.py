@@ -17,7 +17,7 @@ from sarac.diagnosis import Diagnosis
 from sarac.findings import PATIENCE, Finding, Setting, findings
 from sarac.ir.errors import CheckpointError, InputError, SaracWarning
 from sarac.ir.gates import Watch, watching
-from sarac.ir.health import norms
+from sarac.ir.health import misfits, norms
 from sarac.ir.inputs import Inputs
 from sarac.ir.layers import evaluating
 from sarac.ir.processes import first
@@ -91,6 +91,7 @@ class Monitor(TrainerCallback):
         self._watch: Watch | None = None
         self._means: Mapping[str, Tensor] = {}
         self._norms: dict[str, float] = {}
+        self._misfits: dict[str, float | None] = {}
         self._kept: tuple[Any, tuple[dict[str, int], dict[str, str]]] = (None, ({}, {}))
         self._clipped: float | None = None
         self._rate: float | None = None  # the optimiser's, as it was last seen
@@ -176,7 +177,7 @@ class Monitor(TrainerCallback):
         self._watch = None
         self._means = watch.means() or self._means
         if not self._norms:
-            self._norms = norms(model)
+            self._norms, self._misfits = norms(model), misfits(model)
         sites = measured(model, watch, lambda tensor: tensor.grad, self._norms)
         key = tuple(one.tokens for one in sites)
         if any(key) and self._kept[0] != key:
@@ -188,6 +189,7 @@ class Monitor(TrainerCallback):
             replace(
                 one,
                 kept=kept.get(one.site, 0),
+                misfit=self._misfits[one.site],
                 lost=lost.get(one.site) if one.finite else None,
                 **self._trained.get(one.site, {}),
             )

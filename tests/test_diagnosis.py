@@ -80,12 +80,21 @@ def nan(model: Model) -> None:
     shift(model)[1] = math.nan
 
 
+def other(model: Model) -> None:
+    for one in (model[0], model[2]):
+        nn.init.normal_(one._parameters["weight"], std=0.2)
+
+
+def scaled(model: Model) -> None:
+    next(slots(model))[0].sara_scale.mul_(3.0)
+
+
 def still(model: Model) -> None:
     shift(model)[2:] = 0.0
 
 
 def far(model: Model) -> None:
-    shift(model)[:3] = -1.5
+    shift(model)[:4] = -1.5
 
 
 def grown(model: Model) -> None:
@@ -122,12 +131,14 @@ def floor(model: Model) -> Model:
 
 PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]] = {
     # the sound model, what is planted, the finding's kind, what its sentence says
-    "not finite": (plain, nan, "0.weight", "NaN or Inf"),
+    "not finite": (plain, nan, "0.weight", r"\(1 site\): δ holds NaN or Inf\. Go back .* gradients of 1 more follow"),
+    "foreign": (plain, other, "0.weight", r"\(2 sites\): U, s and V are not singular .*off by up to \d+%"),
+    "scale": (lambda: plain("rank:4,train=factors"), scaled, "0.weight", r"is up to \d\d?\.?\d* times all of the weight's"),
     "floored": (lambda: plain("rank:4"), floor, "0.weight", r"up to 2 of the k directions"),
     "full rank": (plain, lambda _: plain("threshold:1.0"), "0.weight", r"k is up to 100% .* forgotten\. Where the task alone"),
     "low rank": (plain, lambda _: plain("rank:1", 96, 96), "0.weight", r"as little as \d\.\d% of Σ s²"),
     "still": (plain, still, "0.weight", r"up to 75% of the shifts did not move"),
-    "far": (plain, far, "0.weight", r"up to 38% of the directions are turned round .* was above the recommended 0\.01, lower it"),
+    "far": (plain, far, "0.weight", r"up to 50% of the directions are turned round .* was above the recommended 0\.01, lower it"),
     "swamped": (lambda: plain("rank:4,train=factors"), grown, "0.weight", r"up to \d\d(\.\d)? times as large as its weight"),
     "unmoved": (plain, unmoved, "0.weight", r"beyond \d\.\de-05, .* recommended rate 0\.01"),
     "rounded": (lambda: plain(dtype=torch.bfloat16), small, "0.weight", r"merged into bfloat16, up to \d\d% .* float32"),
@@ -757,6 +768,34 @@ def test_monitor_in_a_loop_of_ones_own(tmp_path: Path) -> None:
 
 
 # Frozen factors that are no longer singular vectors are another finding.
+BREAKING: list[tuple[str, str, str, str]] = [
+    ("rank:5,sets=4", "shift", "δ", "last good checkpoint"),
+    ("rank:5,sets=4", "router", "the router", "last good checkpoint"),
+    ("rank:5,sets=4", "u", "U", "transform the model anew"),
+    ("rank:5,sets=4", "scale", "s", "transform the model anew"),
+    ("rank:5,sets=4", "weight", "the base weight", "transform the model anew"),
+    ("rank:5,train=factors", "v", "V", "last good checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("plan", "role", "said", "advice"), BREAKING)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_site_that_is_broken_is_named_and_not_those_that_it_breaks(
+    plan: str, role: str, said: str, advice: str, value: float
+) -> None:
+    model = plain(plan, method="mosara" if "sets" in plan else "sara")
+    module, slot = list(slots(model))[1]
+    tensor = module._parameters["weight"] if role == "weight" else slot.tensors(module)[role]
+    tensor.data.reshape(-1)[0] = value  # type: ignore[union-attr]
+    found = sarac.diagnose(model, torch.randn(64, 24), loss=square)
+    assert not any(one.finite for one in found.sites)
+    assert [(one.name, one.sites) for one in found.findings if one.name == "not finite"] == [("not finite", ("2.weight",))]
+    assert f"(1 site): {said} holds NaN or Inf." in found.findings[0].text
+    assert advice in found.findings[0].text
+    assert ("checkpoint" in found.findings[0].text) == ("checkpoint" in advice)
+    json.loads(found.to_json(), parse_constant=pytest.fail)
+
+
 SWAMPING: dict[str, Callable[[Model], Any]] = {
     "a start far away": lambda model: shift(model).fill_(40.0),
     "a scale": lambda model: next(slots(model))[0].sara_scale.mul_(100.0),
@@ -812,11 +851,11 @@ def test_rate_is_advised_only_where_it_is_lower(rate: float | None, said: str, s
 
 def test_few_directions_that_are_turned_round_are_good_training() -> None:
     model, x = plain(), torch.randn(64, 24)
-    shift(model)[:2] = -1.5
-    shift(model)[2:] = 1.5
+    shift(model)[:3] = -1.5
+    shift(model)[3:] = 1.5
     assert names(sarac.diagnose(model, x, loss=square)) == []
     one = sarac.diagnose(model, x, loss=square).sites[0]
-    assert (one.turned, one.beyond) == (0.25, 1.0)
+    assert (one.turned, one.beyond) == (0.375, 1.0)
 
 
 @pytest.mark.parametrize("plan", ["rank:4", "rank:4,train=factors", "rank:4,train=factors,init=random", "rank:4,sets=2"])

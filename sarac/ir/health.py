@@ -40,7 +40,8 @@ class Health:
     dtype: str
     rank: float  # of a stack the mean
     lr: float  # the rate that the adapter recommends
-    finite: bool  # whether what trains and its gradients are
+    broken: tuple[str, ...]  # the site's own tensors that hold NaN or Inf, the base as "weight"
+    finite: bool  # whether they and the gradients are
     delta: float  # ‖Δ‖ / ‖W‖, of a routed site the root of its mean square over the tokens
     moved: float  # root mean square of δ, which started at 0
     largest: float  # of |δ|
@@ -60,6 +61,7 @@ class Health:
     lacking: tuple[str, ...] = ()  # of what trains, what the optimiser has not, where that is known
     rates: tuple[float | None, ...] = ()  # of what trains, in its order: the highest so far, where it can be judged
     kept: int = 0  # bytes from the forward to the backward
+    misfit: float | None = None  # ‖W Vᵀ z - U s z‖ / (‖W Vᵀ z‖ + ‖U s z‖), 0 of singular vectors; None where none are frozen
     lost: float | None = None  # the share ‖round(W + Δ) - W - Δ‖ / ‖Δ‖ of Δ that merging into the weight's dtype loses
 
     @property
@@ -92,10 +94,11 @@ def health(
     grads = {role: whole(found) for role, tensor in held.items() if (found := gradient(tensor)) is not None}
     own = {role: tensors[role] for role in adapter.trainable}
     frozen = [tensors[role] for role in tensors if role not in own and role not in adapter.borrowed]
-    size, gates = moves(slot, tensors).abs(), watch.gates(slot.site)
-    largest = float(size.max()) if len(size) else 0.0  # of a scale that is all zero no shift counts
-    scale, singular = tensors["scale"], not (isinstance(adapter, Sara) and adapter.basis == "random")
+    gates = watch.gates(slot.site)
+    scale, singular = tensors["scale"], _singular(slot)
     parts, out, inner = sizes_of(slot, module)
+    judged = [role for role in tensors if role not in adapter.borrowed]
+    broken = *(role for role in judged if not tensors[role].isfinite().all()), *(() if math.isfinite(norm) else ("weight",))
     return Health(
         site=slot.site,
         method=adapter.method,
@@ -106,13 +109,10 @@ def health(
         dtype=_name(weight.dtype),
         rank=sum(adapter.parts) / len(adapter.parts) if adapter.parts else adapter.rank,
         lr=adapter.lr,
-        finite=all(bool(one.isfinite().all()) for one in (*own.values(), *grads.values())),
+        broken=broken,
+        finite=not broken and all(bool(one.isfinite().all()) for one in grads.values()),
         delta=_over(change(slot, tensors, watch), norm),
-        moved=float(size.square().mean().sqrt()) if len(size) else 0.0,
-        largest=largest,
-        beyond=_share(size >= 1.0),
-        turned=_share(moves(slot, tensors) <= -1.0),
-        still=_share(farthest(slot, tensors, gates) <= _STILL * largest) if largest else 0.0,
+        **_moved(slot, tensors, gates),
         covered=_over(float(scale.double().norm()), norm) ** 2 if singular else None,
         floored=floored(scale, torch.empty((out, inner), dtype=weight.dtype, device="meta")) if singular else 0,
         grad=_norm(grads[role] for role in adapter.trainable if role in grads),
@@ -124,6 +124,19 @@ def health(
         base=weight.numel() * weight.element_size(),
         tokens=watch.tokens.get(slot.site, 0),
     )
+
+
+def _moved(slot: Slot, tensors: Tensors, gates: Gates | None) -> dict[str, float]:
+    """How far δ is; all zero where the scale is, of which no shift counts."""
+    found = moves(slot, tensors)
+    largest = float(found.abs().max()) if len(found) else 0.0
+    return {
+        "moved": float(found.square().mean().sqrt()) if len(found) else 0.0,
+        "largest": largest,
+        "beyond": _share(found.abs() >= 1.0),
+        "turned": _share(found <= -1.0),
+        "still": _share(farthest(slot, tensors, gates) <= _STILL * largest) if largest else 0.0,
+    }
 
 
 def change(slot: Slot, tensors: Tensors, watch: Watch | None = None) -> float:
@@ -189,6 +202,29 @@ def norms(model: nn.Module) -> dict[str, float]:
         return float(torch.linalg.vector_norm(whole(dense(weight)), dtype=torch.float64))
 
     return {slot.site: norm(stored(slot, module).detach()) for module, slot in slots(model)}
+
+
+def misfits(model: nn.Module) -> dict[str, float | None]:
+    """How far frozen factors are from singular vectors of their weight, by what both make of one random vector z."""
+    return {slot.site: _misfit(slot, module) for module, slot in slots(model)}
+
+
+def _misfit(slot: Slot, module: nn.Module) -> float | None:
+    if not _singular(slot) or {"u", "v"} & set(slot.adapter.trainable):
+        return None
+    tensors, weight = slot.tensors(module), slot.layout.matrix(whole(dense(stored(slot, module).detach())))
+    u, v, scale = (whole(tensors[role].detach()) for role in ("u", "v", "scale"))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    z = torch.randn(scale.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(scale.device, dtype)
+    z = z * (scale != 0) if bool(scale.any()) else z  # not of what pads a stack
+    seen = (weight.to(dtype) @ (v.to(dtype).mT @ z.unsqueeze(-1))).double()
+    told = (u.to(dtype) @ (scale.to(dtype) * z).unsqueeze(-1)).double()
+    return _over(float((seen - told).norm()), float(seen.norm() + told.norm()))
+
+
+def _singular(slot: Slot) -> bool:
+    """Whether factors started as singular vectors."""
+    return not (isinstance(slot.adapter, Sara) and slot.adapter.basis == "random")
 
 
 def sets_of(slot: Slot) -> int:

@@ -13,7 +13,7 @@ from zoo import mlp, seed, shake
 
 import sarac
 from sarac.ir.gates import Watch, slots, watching
-from sarac.ir.health import Health, change, equal_gates, farthest, floored, health, likeness, moves, norms
+from sarac.ir.health import Health, change, equal_gates, farthest, floored, health, likeness, misfits, moves, norms
 from sarac.ir.weight import Slot
 
 PLANS = {
@@ -215,6 +215,29 @@ def test_spectrum_that_is_covered() -> None:
     squares = torch.linalg.svdvals(weight.detach()).square()
     assert figures(model).covered == pytest.approx(float(squares[:3].sum() / squares.sum()), rel=1e-9)
     assert figures(tiny("rank:3,train=factors,init=random")).covered is None
+
+
+@pytest.mark.parametrize("plan", ["rank:3", "threshold:1.0", "rank:4,sets=2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_factors_of_another_weight_do_not_fit(plan: str, dtype: torch.dtype) -> None:
+    """Rounding, of the model too after it was adapted, is no misfit."""
+    model = sarac.transform(nn.Sequential(nn.Linear(40, 30)), plan, method="mosara" if "sets" in plan else "sara").to(dtype)
+    (found,) = misfits(model).values()
+    assert found is not None
+    assert found <= {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype]
+    module, slot, tensors = held(model)
+    tensors["scale"] *= 3.0
+    assert misfits(model)[slot.site] == pytest.approx(0.5, abs=0.02)  # (3 - 1) / (3 + 1)
+    tensors["scale"] /= 3.0
+    nn.init.normal_(module._parameters["weight"], std=0.1)  # type: ignore[arg-type]
+    (found,) = misfits(model).values()
+    assert found is not None
+    assert found > 0.4
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_factors_that_train_need_not_fit(init: str) -> None:
+    assert list(misfits(tiny(f"rank:3,train=factors,init={init}")).values()) == [None]
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(3, 0), (6, 2)])
