@@ -18,8 +18,9 @@ LOST = 0.25  # of a delta, by rounding
 FAR_TOO_LOW = 100.0  # times below the recommended rate
 UNIFORM, IDLE = 0.999, 1e-3  # entropy of gates that are all alike; a router's gradient over its site's
 COLLAPSED, BLIND, ALIKE = 0.99, 1e-5, 0.999  # the share of one set, the spread of gates, the cosine of sets
+DEAD, MANY = 1e-3, 0.5  # of an equal share: no token's; of the sets: good runs have a dead one here and there
 ENOUGH = 10  # tokens a set: of fewer a set may get none by chance
-STEPS = 3.0  # of Adam at the recommended rate: sets that moved less start out alike, since each gets nearly the same gradient
+STEPS = 10.0  # of Adam at the recommended rate: sets start out alike, and some random routers' get no token, which training mends
 _NAMES = {"u": "U", "shift": "δ", "v": "V", "router": "the router", "router_in": "the router's bottleneck", "scale": "s"}
 _NAMES["weight"] = "the base weight"
 _HALVES = ("bfloat16", "float16")
@@ -41,17 +42,18 @@ def named(roles: Sequence[str]) -> str:
 
 
 def _routed(test: Callable[[Health], float | None]) -> Callable[[Health], float | None]:
-    """A rule for sites whose gates were seen often enough, and that have learnt something."""
-    return lambda one: test(one) if one.gates and one.gates.tokens >= ENOUGH * len(_use(one)) and one.moved > 0.0 else None
+    """A rule for sites whose gates were seen often enough, and whose sets had the time to part."""
+    return lambda one: test(one) if one.gates and one.gates.tokens >= ENOUGH * len(_use(one)) and _settled(one) else None
 
 
 def _use(one: Health) -> tuple[float, ...]:
     return one.gates.use if one.gates else ()
 
 
-def _dead(one: Health) -> float:
-    """How many sets have less than a tenth of an equal share."""
-    return float(sum(share < 0.1 / len(_use(one)) for share in _use(one)))
+def _dead(one: Health) -> float | None:
+    """How many sets have no tokens, where they are half or more; soft gates are never zero."""
+    dead = sum(share < DEAD / len(_use(one)) for share in _use(one))
+    return float(dead) if dead >= MANY * len(_use(one)) else None
 
 
 def _settled(one: Health) -> bool:
@@ -63,11 +65,11 @@ def _idle(one: Health) -> float | None:
     grads = one.grad or 0.0, one.router_grad if one.router_grad is not None else math.inf
     entropy = one.gates.entropy if one.gates else 0.0
     idle = entropy >= UNIFORM and grads[0] > 0.0 and grads[1] <= IDLE * grads[0]
-    return entropy if idle and _settled(one) and not _fixed(one) else None
+    return entropy if idle and not _fixed(one) else None
 
 
 def _blind(one: Health) -> float | None:
-    blind = one.gates is not None and one.gates.spread < BLIND and _settled(one) and not _fixed(one)
+    blind = one.gates is not None and one.gates.spread < BLIND and not _fixed(one)
     return one.gates.spread if one.gates and blind else None
 
 
@@ -170,18 +172,18 @@ SLOW = Rule(
 ROUTER = (
     Rule(
         "collapsed", _routed(lambda one: max(_use(one)) if max(_use(one)) > COLLAPSED else None), max,
-        "{where}: the router gives one set up to {value:.1%} of all gates. Lower the learning rate, start the router anew, or do "
-        "without it (sets=1).",
+        "{where}: the router gives one set up to {value:.1%} of all gates. Start the router anew at smaller values, give it a "
+        "lower rate than δ, or do without it (sets=1).",
     ),
     Rule(
-        "dead sets", _routed(lambda one: _dead(one) or None), max,
-        "{where}: up to {value:.0f} sets get less than a tenth of an equal share. Take fewer sets (sets=…); of hard "
-        "and topk routers also soft, in which all sets train.",
+        "dead sets", _routed(_dead), max,
+        "{where}: up to {value:.0f} sets, half of a weight's or more, get none of the tokens and learn nothing. Take fewer sets "
+        "(sets=…), or see whether the batch is of one kind.",
     ),
     Rule(
-        "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE and _settled(o) else None), max,
-        "{where}: the sets are the same, with a cosine of up to {value:.4f}, so the router cannot choose. Take sets=1, or "
-        "router=topk:1, which trains them on different tokens.",
+        "alike", _routed(lambda o: o.likeness if (o.likeness or 0.0) > ALIKE else None), max,
+        "{where}: the sets are still the same, with a cosine of up to {value:.4f}, so the router cannot choose. sets=1 does the "
+        "same for less.",
     ),
     Rule(
         "idle router", _routed(_idle), max,
