@@ -9,6 +9,7 @@ and for one set of singular values that train ‖Δ‖ = ‖δ ⊙ s‖.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ def health(
     )
 
 
-def _moved(slot: Slot, tensors: Tensors, gates: Gates | None) -> dict[str, float]:
+def _moved(slot: Slot, tensors: Tensors, gates: Gates | None) -> dict[str, Any]:
     """How far δ is; all zero where the scale is, of which no shift counts."""
     found = moves(slot, tensors)
     largest = float(found.abs().max()) if len(found) else 0.0
@@ -172,7 +173,8 @@ def farthest(slot: Slot, tensors: Tensors, gates: Gates | None = None) -> Tensor
     if sets_of(slot):
         used = [index for index, share in enumerate(gates.use) if share > 0.0] if gates else []
         size = (size[..., used, :] if used else size).amax(-2)
-    return size[scale != 0]
+    found: Tensor = size[scale != 0]
+    return found
 
 
 def likeness(shift: Tensor) -> float | None:
