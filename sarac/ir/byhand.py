@@ -12,7 +12,6 @@ from torch import Tensor
 from sarac.ir import fused
 from sarac.ir.siblings import Siblings
 
-NEAR = 0.25  # below it |1 + δ| divides nothing
 _PIECE = 4096  # tokens
 
 Made = tuple[Tensor, Tensor]  # y, h
@@ -77,8 +76,8 @@ def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> 
     """
     if not differentiable() or torch.compiler.is_compiling():
         if long is not None and shift is not None:
-            fused.mend(g, *long, shift, NEAR)
-        found = fused.sums(g, h, shift, NEAR)
+            fused.mend(g, *long, shift)
+        found = fused.sums(g, h, shift)
         if found is not None:
             return found
     if g.dtype == torch.bfloat16 and not (differentiable() or torch.compiler.is_compiling()):
@@ -93,7 +92,12 @@ def over(total: Tensor, shift: Some) -> Tensor:
     if shift is None:
         return total
     c = 1 + shift
-    return total / torch.where(c.abs() < NEAR, torch.ones_like(c), c)
+    return total / torch.where(near(c), torch.ones_like(c), c)
+
+
+def near(c: Tensor) -> Tensor:
+    """Whether |1 + δ| is below `fused.NEAR`, a quarter; in whole numbers, as a compiler takes a float for an input."""
+    return c.abs() * 4 < 1
 
 
 def keep(ctx: Any, op: str, x: Tensor, *tensors: Some) -> None:

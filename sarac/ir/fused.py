@@ -19,6 +19,7 @@ _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
 _SIDE = 64  # of a square that is turned
 _HIGH, _WIDE, _DEEP, _GROUP = 128, 128, 32, 8  # of a product's block, and so many blocks of rows share what they read
 _THIN = 128  # directions of a product, above which reading U by columns of two bytes costs more than to turn it first
+NEAR = 0.25  # below it |1 + δ| divides nothing; no argument: a compiler takes a float for an input that may change
 _SETS = 16  # above it torch's own products are the better way
 
 Some = Tensor | None
@@ -48,14 +49,14 @@ def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tenso
     return _back(dmixed, h, scores, shift, router, kind, _launch)
 
 
-def sums(g: Tensor, h: Tensor, shift: Some, near: float) -> Some:
-    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below `near`."""
+def sums(g: Tensor, h: Tensor, shift: Some) -> Some:
+    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below NEAR."""
     if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
         return None
     if torch.compiler.is_compiling():
-        found: Tensor = _sums_in_graph(g, h, shift, near)
+        found: Tensor = _sums_in_graph(g, h, shift)
         return found
-    return _sums(g, h, shift, near, _launch)
+    return _sums(g, h, shift, _launch)
 
 
 def added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Some:
@@ -78,23 +79,23 @@ def turned(u: Tensor, values: Some) -> Some:
     return _turned(u, values, _launch)
 
 
-def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
-    """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < near, from x (tokens, in) and V (k, in), and into no other."""
+def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < NEAR, from x (tokens, in) and V (k, in), and into no other."""
     runs = _runs(h) and h.dtype == x.dtype == v.dtype and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
     if torch.compiler.is_compiling():
-        (_mend_in_graph if runs else _asking_in_graph)(h, x, v, scale, shift, near)
+        (_mend_in_graph if runs else _asking_in_graph)(h, x, v, scale, shift)
     elif runs:
-        _mend(h, x, v, scale, shift, near, _launch)
+        _mend(h, x, v, scale, shift, _launch)
     else:
-        _asking(h, x, v, scale, shift, near)
+        _asking(h, x, v, scale, shift)
 
 
-def _sums(g: Tensor, h: Tensor, shift: Some, near: float, launch: Launch) -> Tensor:
+def _sums(g: Tensor, h: Tensor, shift: Some, launch: Launch) -> Tensor:
     rank, tokens = h.shape
     pieces = -(-tokens // _LENGTH)
     out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
     tensors = (g, h, out if shift is None else shift.contiguous(), out)
-    launch("sums", (rank, pieces, 1), tensors, (tokens, g.stride(0), h.stride(0), near), (shift is not None, _LENGTH, _WIDTH))
+    launch("sums", (rank, pieces, 1), tensors, (tokens, g.stride(0), h.stride(0), NEAR), (shift is not None, _LENGTH, _WIDTH))
     return out.view(rank) if pieces == 1 else out.sum(0)
 
 
@@ -134,15 +135,15 @@ def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tens
     return dh, dshift, drouter
 
 
-def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float, launch: Launch) -> None:
+def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, launch: Launch) -> None:
     rank, tokens = h.shape
-    numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), near)
+    numbers = (tokens, x.shape[1], rank, h.stride(0), *x.stride(), *v.stride(), NEAR)
     tensors = (h, x, v, scale.contiguous(), shift.contiguous())
     launch("mend", (-(-tokens // _SIDE), 1, 1), tensors, numbers, (_WIDTH, 32, _SIDE, _SIDE))
 
 
-def _asking(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
-    found = ((1 + shift).abs() < near).nonzero().squeeze(1)  # which the host waits for
+def _asking(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
+    found = ((1 + shift).abs() < NEAR).nonzero().squeeze(1)  # which the host waits for
     if len(found):
         h[found] = (scale[found].unsqueeze(1) * (v[found] @ x.mT)).to(h.dtype)
 
@@ -198,8 +199,8 @@ def _traced_back(
     return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
 
 
-def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None, near: float) -> Tensor:
-    return _sums(g, h, shift, near, _traced)
+def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None) -> Tensor:
+    return _sums(g, h, shift, _traced)
 
 
 def _traced_turned(u: Tensor, values: Tensor | None) -> Tensor:
@@ -210,15 +211,15 @@ def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -
     return _added(c, a, b, one, other, _traced)
 
 
-def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
-    _mend(h, x, v, scale, shift, near, _traced)
+def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
+    _mend(h, x, v, scale, shift, _traced)
 
 
 _asking_in_graph = torch.library.custom_op("sarac::mend_asking", _asking, mutates_args=("h",))
 
 
 @_asking_in_graph.register_fake
-def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, near: float) -> None:
+def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
     return None
 
 

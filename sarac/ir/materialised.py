@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sarac.ir import fused
 from sarac.ir.byhand import (
-    NEAR,
     Made,
     Some,
     again,
@@ -23,6 +22,7 @@ from sarac.ir.byhand import (
     keep,
     lain,
     lying,
+    near,
     over,
     plus,
     projected,
@@ -64,9 +64,8 @@ class Materialised(torch.autograd.Function):
                 dx = plus(dx, dh.mT @ v)
             else:  # h = (1 + δ) ⊙ s ⊙ V x, or s ⊙ V x where that is near zero
                 c = 1 + shift
-                near = c.abs() < NEAR
-                dx = plus(dx, dh.mT @ times(v, torch.where(near, scale, c * scale)))
-                dshift = plus(dshift, torch.where(near, 0.0, over((dh * h).sum(1), shift)))
+                dx = plus(dx, dh.mT @ times(v, torch.where(near(c), scale, c * scale)))
+                dshift = plus(dshift, torch.where(near(c), 0.0, over((dh * h).sum(1), shift)))
         return gradients(ctx, dy, dx, dshift)
 
 
@@ -90,7 +89,7 @@ def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
         h = projected(x, v, siblings)
     else:
         h = lain(u.mT) @ rows(y).mT
-        fused.mend(h, rows(x), v, scale, shift, NEAR)
+        fused.mend(h, rows(x), v, scale, shift)
     keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
     ctx.made = (
         made if _held and not kept else None

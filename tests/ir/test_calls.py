@@ -177,6 +177,17 @@ def test_dynamic_shapes_compile_as_one_graph(method: str) -> None:
     differ(fast(x), fast(2 * x))
 
 
+@pytest.mark.parametrize("schedule", ["two-sided", "right", "materialised", "rebuilt"])
+def test_many_layers_of_free_sizes_compile_as_one_graph(schedule: str) -> None:
+    # A compiler takes a float of the module for an input, and lost it between the gradients of the third layer on.
+    layers = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False))
+    model, x = adapted(layers, schedule), torch.randn(5, 8)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for one, other in zip(gradients(fast, x), gradients(model, x), strict=True):
+        close(one, other)
+    differ(fast(x), fast(2 * x))
+
+
 @pytest.mark.parametrize("schedule", ["materialised", "rebuilt"])
 def test_block_of_accumulation_may_end_between_forward_and_backward(schedule: str) -> None:
     model, x = adapted(nn.Linear(8, 12), schedule), torch.randn(5, 8)

@@ -9,7 +9,8 @@ from torch import Tensor
 from zoo import close, differ, same
 
 from sarac.ir import check, fused, routes
-from sarac.ir.byhand import NEAR, sums
+from sarac.ir.byhand import sums
+from sarac.ir.fused import NEAR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
@@ -58,13 +59,13 @@ def test_routing_is_torchs(
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (513, 130), (2048, 614), (9000, 3)])
 def test_sums_are_in_float32(tokens: int, rank: int) -> None:
     g, h = random(rank, tokens, dtype=torch.bfloat16), random(rank, tokens + 2, dtype=torch.bfloat16)[:, 1 : tokens + 1]
-    found = fused.sums(g, h, None, NEAR)
+    found = fused.sums(g, h, None)
     assert found is not None
     assert found.dtype == torch.float32
     exact = (g.double() * h.double()).sum(1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-3)
     shift = torch.linspace(-2, 2, rank, device=DEVICE)
-    divided = fused.sums(g, h, shift, NEAR)
+    divided = fused.sums(g, h, shift)
     assert divided is not None
     c = 1 + shift.double()
     torch.testing.assert_close(divided.double(), exact / torch.where(c.abs() < NEAR, 1.0, c), rtol=1e-5, atol=4e-3)
@@ -86,9 +87,9 @@ def test_rows_near_zero_are_mended_and_no_other(dtype: torch.dtype, triton: bool
         without_triton(monkeypatch)
     h, x, u = random(7, 130, dtype=dtype), random(130, 90, dtype=dtype), random(90, 7, dtype=dtype)
     scale, before = random(7).abs(), h.clone()
-    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.5, -0.7, 1.0, -3.0, 0.2, -1.26], device=DEVICE), NEAR)
+    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.5, -0.7, 1.0, -3.0, 0.2, -1.26], device=DEVICE))
     same(h, before)
-    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.0, -0.8, 1.0, -1.2, 0.2, -1.3], device=DEVICE), NEAR)
+    fused.mend(h, x, u.mT, scale, torch.tensor([0.0, -1.0, -0.8, 1.0, -1.2, 0.2, -1.3], device=DEVICE))
     for row in range(7):
         if row in (1, 2, 4):
             exact = scale[row].double() * (x.double() @ u[:, row].double())
@@ -102,7 +103,7 @@ def test_what_kernels_do_not_have_is_left_to_torch() -> None:
     h, shift = random(6, 4), random(3, 6)
     assert fused.mixed(h, random(20, 6), random(20, 6), "soft") is None  # more sets than a row of registers
     assert fused.mixed(h.double(), random(3, 6).double(), shift.double(), "soft") is None
-    assert fused.sums(h, h, None, NEAR) is None  # float32 needs no other sum
+    assert fused.sums(h, h, None) is None  # float32 needs no other sum
     with torch.enable_grad():  # a gradient that is to be differentiated again
         assert fused.back(h, h, random(3, 4), shift, random(3, 6), "soft") is None
 
@@ -174,5 +175,5 @@ def test_shifts_may_lie_apart() -> None:
     same(found, fused.turned(u, together))
     differ(found, fused.turned(u, wide[:, 0].contiguous()))
     g, h = random(33, 513, dtype=torch.bfloat16), random(33, 513, dtype=torch.bfloat16).flip(0)
-    same(fused.sums(g, h, apart, NEAR), fused.sums(g, h, together, NEAR))
-    differ(fused.sums(g, h, apart, NEAR), fused.sums(g, h, wide[:, 0].contiguous(), NEAR))
+    same(fused.sums(g, h, apart), fused.sums(g, h, together))
+    differ(fused.sums(g, h, apart), fused.sums(g, h, wide[:, 0].contiguous()))
