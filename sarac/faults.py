@@ -12,6 +12,7 @@ NEARLY_FULL, SMALL = 0.95, 8  # k / n at which factors are as dear as the weight
 MISFIT, WHOLE = 0.1, 1.05  # of factors that another precision rounded a hundredth; all of Σ s², with bfloat16's rounding
 COVERED = 0.1  # of Σ s²: shifts of less can hardly change the weight
 LARGE, STILL = 0.3, 0.5  # a large shift, and how many of one site may stay behind it
+LONG, YOUNG = 10.0, 3.0  # columns of factors; steps at the recommended rate, in which no good run makes them so
 TURNED = 0.4  # of a site's directions, gone or turned round: good runs come to a third, a random walk to a half
 SWAMPED = 4.0  # ‖Δ‖ over ‖W‖: 300 good steps at recommended rates came to 1.3, of random factors to 2.8; at 10 times them to 38
 LOST = 0.25  # of a delta, by rounding
@@ -147,6 +148,11 @@ RANK = (
     ),
 )  # fmt: skip
 SCALE = (
+    Rule(
+        "start", lambda one: one.columns if (one.columns or 0.0) > LONG and one.moved < YOUNG * one.lr else None, max,
+        "{where}: columns of U or rows of V are up to {value:.3g} long before δ has moved far, where sarac.transform makes them "
+        "about 1, so that a step of δ changes the weight as many times too much. Transform the model anew and leave them so.",
+    ),
     Rule(
         "swamped", lambda one: one.delta if one.delta > SWAMPED else None, max,
         "{where}: the change is up to {value:.3g} times as large as its weight, of which little is left. {lower}. Where it "

@@ -140,6 +140,12 @@ PLANTED: dict[str, tuple[Callable[[], Model], Callable[[Model], Any], str, str]]
     "low rank": (plain, lambda _: plain("rank:1", 96, 96), "0.weight", r"as little as \d\.\d% of Σ s²"),
     "still": (plain, still, "0.weight", r"up to 75% of the shifts did not move"),
     "far": (plain, far, "0.weight", r"up to 50% of the directions are turned round .* was above the recommended 0\.01, lower it"),
+    "start": (
+        lambda: sarac.transform(mlp(24, 20, 16), "rank:4,train=factors,init=random"),
+        grown,
+        "0.weight",
+        r"up to [345]\d(\.\d)? long before",
+    ),
     "swamped": (lambda: plain("rank:4,train=factors"), grown, "0.weight", r"up to \d\d(\.\d)? times as large as its weight"),
     "unmoved": (plain, unmoved, "0.weight", r"beyond \d\.\de-05, .* recommended rate 0\.01"),
     "rounded": (lambda: plain(dtype=torch.bfloat16), small, "0.weight", r"merged into bfloat16, up to \d\d% .* float32"),

@@ -50,6 +50,7 @@ class Health:
     turned: float  # the share of δ of -1 and less, whose directions are gone or turned round
     still: float  # the share of directions that in no set that is used moved by 1/1000 of the largest
     covered: float | None  # Σ s² of the k directions over ‖W‖²; None where they are no singular ones
+    columns: float | None  # the longest of U's columns and V's rows, which start at about 1; None where they do not train
     floored: int  # directions whose singular value counts as zero
     grad: float | None  # norm of the gradient of all that trains here
     router_grad: float | None
@@ -115,6 +116,7 @@ def health(
         delta=_over(change(slot, tensors, watch), norm),
         **_moved(slot, tensors, gates),
         covered=_over(float(scale.double().norm()), norm) ** 2 if singular else None,
+        columns=_columns(own),
         floored=floored(scale, torch.empty((out, inner), dtype=weight.dtype, device="meta")) if singular else 0,
         grad=_norm(grads[role] for role in adapter.trainable if role in grads),
         router_grad=_norm(grads[role] for role in _ROUTER if role in grads),
@@ -209,6 +211,11 @@ def norms(model: nn.Module) -> dict[str, float]:
 def misfits(model: nn.Module) -> dict[str, float | None]:
     """How far frozen factors are from singular vectors of their weight, by what both make of one random vector z."""
     return {slot.site: _misfit(slot, module) for module, slot in slots(model)}
+
+
+def _columns(own: Tensors) -> float | None:
+    found = [own[role].double().norm(dim=dim) for role, dim in (("u", -2), ("v", -1)) if role in own]
+    return max(float(one.max()) for one in found) if found else None
 
 
 def _misfit(slot: Slot, module: nn.Module) -> float | None:

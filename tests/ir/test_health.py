@@ -236,6 +236,18 @@ def test_factors_of_another_weight_do_not_fit(plan: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("init", ["svd", "random"])
+def test_columns_of_factors_that_train_start_near_1(init: str) -> None:
+    model = sarac.transform(nn.Sequential(nn.Linear(9, 7)).double(), f"rank:3,train=factors,init={init}")
+    before = figures(model).columns
+    assert before == pytest.approx(1.0, rel=1e-6 if init == "svd" else 0.9)
+    tensors = held(model)[2]
+    tensors["v"][1] *= 7.0
+    assert figures(model).columns == pytest.approx(float(tensors["v"][1].norm()), rel=1e-12)
+    assert figures(model).columns != before
+    assert figures(tiny("rank:3")).columns is None
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
 def test_factors_that_train_need_not_fit(init: str) -> None:
     assert list(misfits(tiny(f"rank:3,train=factors,init={init}")).values()) == [None]
 
