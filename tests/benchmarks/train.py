@@ -66,7 +66,6 @@ def base(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def floor(model: nn.Module) -> nn.Module:
-    model.enable_input_require_grads()
     return model
 
 
@@ -115,7 +114,9 @@ def step_of(model: nn.Module, ids: torch.Tensor, mode: str) -> Callable[[], None
     call = torch.compile(model) if mode == "compiled" else model
 
     def step() -> None:
-        call(input_ids=ids, labels=ids).loss.backward()
+        # The frozen model's embeddings are made outside: the hook that would ask for their gradient breaks a compiled graph.
+        given = {"input_ids": ids} if trained else {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()}
+        call(**given, labels=ids).loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
