@@ -2,7 +2,7 @@
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
@@ -43,10 +43,9 @@ class Schedules:
     measured: bool  # whether there are rates of that device; without, operations alone are counted
 
     @property
-    def ratio(self) -> float:
-        """The predicted time of all adapted calls over that of the frozen ones."""
-        added = sum(one.added.get(one.schedule, 0.0) for one in self.sites)
-        return 1.0 + added / sum(one.floor for one in self.sites)
+    def ratio(self) -> float | None:
+        """The predicted time of all adapted calls over that of the frozen ones; None where one runs plain: not predicted."""
+        return _ratio(self.sites)
 
     def to_json(self) -> str:
         """All figures as JSON text."""
@@ -65,18 +64,27 @@ class Schedules:
             groups.setdefault((one.site if by_site else starred(one.site), one.schedule), []).append(one)
         for (name, schedule), ones in groups.items():
             ranks = sorted({one.rank for one in ones})
-            ratio = 1.0 + sum(one.added.get(schedule, 0.0) for one in ones) / sum(one.floor for one in ones)
             table.add_row(
                 name, str(len(ones)), "x".join(map(str, ones[0].shape)), "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
-                schedule, f"{ratio:.2f}", f"{sum(one.kept for one in ones) / 1e6:,.1f}",
+                schedule, _shown(_ratio(ones)), f"{sum(one.kept for one in ones) / 1e6:,.1f}",
             )  # fmt: skip
         how = "predicted from rates measured there" if self.measured else "operations counted: `sarac tune` measures this device"
         reasons = dict.fromkeys(f"{starred(one.site)}: {one.why}" for one in self.sites if one.why)
-        table.caption = "\n".join([f"× floor: of the frozen call, {how}; all together {self.ratio:.2f}", *reasons])
+        table.caption = "\n".join([f"× floor: of the frozen call, {how}; all together {_shown(self.ratio)}", *reasons])
         return table
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+
+def _ratio(sites: Sequence[Scheduled]) -> float | None:
+    if any(one.schedule not in one.added for one in sites):
+        return None
+    return 1.0 + sum(one.added[one.schedule] for one in sites) / sum(one.floor for one in sites)
+
+
+def _shown(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def schedule(
@@ -135,7 +143,7 @@ def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str, compiled
     adapter, weight = slot.adapter, module._parameters[slot.param]
     assert weight is not None
     _, out, inner = slot.layout.sizes(tuple(weight.shape))
-    why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).replace(PINNED, AUTO)
+    why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).removesuffix(PINNED)
     tensors, routed, biased = slot.tensors(module), not adapter.foldable, module._parameters.get("bias") is not None
     factors, sets = bool({"u", "v"} & set(adapter.trainable)), len(tensors["shift"]) if routed else 0
     biased = biased or (routed and (compiled or not even(tensors["scale"])))  # either way not on the left

@@ -117,7 +117,7 @@ def test_what_cannot_be_is_a_sentence() -> None:
         sarac.schedule(llama())
     shown = sarac.schedule(model, "right")
     assert {one.schedule for one in shown.sites} == {"two-sided"}
-    assert asked(model) == {PINNED}
+    assert asked(model) == {AUTO + PINNED}
     assert "its factors train" in str(shown)
 
 
@@ -125,9 +125,35 @@ def test_what_was_loaded_over_the_base_is_looked_at() -> None:
     model, other = sarac.transform(mlp(6, 5), "rank:2"), sarac.transform(mlp(6, 5), "rank:2")
     assert asked(model) == {AUTO}
     model.load_state_dict({"0.weight": torch.randn(5, 6)}, strict=False)
-    assert asked(model) == {PINNED}
+    assert asked(model) == {AUTO + PINNED}
     model.load_state_dict(other.state_dict())
     assert asked(model) == {AUTO}
+
+
+@pytest.mark.parametrize("choice", ["right", "materialised", "rebuilt"])
+def test_a_choice_is_looked_at_too_before_compiled_code_runs_by_it(choice: str) -> None:
+    model, x = set_to(choice, shake(sarac.transform(mlp(6, 5), "rank:2"))), torch.randn(4, 6)
+    model.load_state_dict({"0.weight": torch.randn(5, 6)}, strict=False)
+    assert asked(model) == {choice + PINNED}
+    assert {one.schedule for one in sarac.schedule(model).sites} == {"two-sided"}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")(x)
+    close(compiled, set_to("plain", model)(x))
+    differ(compiled, 2 * compiled)
+
+
+def test_a_wider_dtype_is_looked_at_before_compiled_code_runs_in_it() -> None:
+    model = shake(sarac.transform(mlp(64, 48).bfloat16(), "rank:20"))
+    assert asked(model) == {AUTO}
+    assert asked(model.float()) == {AUTO + PINNED}  # to a float32's digits they are no singular vectors
+    assert asked(model.bfloat16()) == {AUTO}
+
+
+def test_what_plain_costs_is_not_predicted() -> None:
+    model = sarac.transform(mlp(6, 5), "rank:2")
+    assert sarac.schedule(model, "plain").ratio is None
+    assert "all together –" in str(sarac.schedule(model))
+    assert sarac.schedule(model, "auto").ratio > 1.0
 
 
 def test_folding_leaves_nothing_of_it() -> None:

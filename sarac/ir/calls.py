@@ -22,7 +22,7 @@ from sarac.ir.siblings import Siblings
 from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score, without_autocast
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
-PINNED = "auto, two-sided"  # what auto comes to where the factors are no singular vectors
+PINNED = ", two-sided"  # behind the choice for a site whose factors are no singular vectors: what compiled code runs by
 CHOICES = (AUTO, *SCHEDULES, PLAIN)
 EVEN = 4.0  # the largest over the smallest value, above which a routed call's scores would lose digits on the left
 
@@ -82,13 +82,14 @@ def _choices(
 ) -> Steps:  # fmt: skip
     """The schedules of such calls by tokens, as `schedule_at` takes them; `given`: W, U, V and s."""
     compiling, (_, u, v, _) = torch.compiler.is_compiling(), given
-    if schedule == TWO_SIDED or (schedule == PINNED and compiling):
+    schedule, pinned, _ = schedule.partition(PINNED)
+    if schedule == TWO_SIDED or (pinned and compiling):
         return _TWO_SIDED
     verdict = _UNKNOWN if compiling else looked_at(op, *given)
     if not verdict.singular:
         return _TWO_SIDED
     right_only = biased or (routes and not verdict.even)
-    if schedule in (AUTO, PINNED):
+    if schedule == AUTO:
         return steps(len(u), v.shape[1], u.shape[1], dtype, x.device, routes, right_only, compiling)
     served = schedule in (ROUTED if routes else SCHEDULES) and not (right_only and schedule == "left")
     return ((LARGEST, schedule if served else TWO_SIDED),)

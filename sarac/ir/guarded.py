@@ -94,7 +94,12 @@ def _loader(base: Any, params: tuple[str, ...]) -> Callable[..., None]:
 def _mover(base: Any) -> Callable[..., Any]:
     def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forget()  # what moves by `.data`, or is swapped, is not what was looked at
-        return base._apply(self, *args, **kwargs)
+        before = {name: one.dtype for name, one in self._parameters.items() if one is not None}
+        found = base._apply(self, *args, **kwargs)
+        now = {name: one for name, one in self._parameters.items() if one is not None}
+        if any(one.dtype != before.get(name) for name, one in now.items()) and not any(one.is_meta for one in now.values()):
+            settle(self)  # factors that are singular vectors to the digits of one dtype may not be to another's
+        return found
 
     return _apply
 

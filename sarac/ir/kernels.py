@@ -127,7 +127,7 @@ def added(
     c, a, b, one, other, out, height, width, inner, c0, c1, a0, a1, b0, b1, o0, o1,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
-    """C + A diag(one ⊙ other) B from C (height, width), A (height, inner) and B (inner, width), in float32, rounded once."""
+    """C + A diag(one ⊙ other) B of C (height, width), A (height, inner), B (inner, width); A times values is rounded first."""
     down, across = tl.cdiv(height, m), tl.cdiv(width, n)
     first = tl.program_id(0) // (group * across) * group  # neighbours share rows of A and columns of B, which the cache has then
     rows = tl.minimum(down - first, group)

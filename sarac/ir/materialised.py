@@ -109,11 +109,12 @@ def accumulating() -> Iterator[None]:
     by `.data`). Under autocast, in compiled code, where shifts are computed (uniform Mo-SARA), and in processes with FSDP2, which
     refills tensors without a trace, each call makes its own.
     """
-    _held.append({})
+    block: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
+    _held.append(block)
     try:
         yield
     finally:
-        _held.pop()
+        _held[:] = [one for one in _held if one is not block]  # another thread's may be the last
 
 
 # By how the weight is read and the ids of W, U, V, s and δ: these tensors, their versions, the weight.
@@ -123,12 +124,13 @@ _held: list[dict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Ten
 def _held_or_made(op: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """The weight of a materialised call, as (out, in), from W, U, V, s and δ: made now, or in this accumulation before."""
     weight, u, v, scale, shift = given
-    if not _held or torch.compiler.is_compiling() or fsdp_runs() or not _parameters(weight, u, v, shift):
+    blocks = () if torch.compiler.is_compiling() else _held[-1:]
+    if not blocks or fsdp_runs() or not _parameters(weight, u, v, shift):
         return _made(lying(op, weight), u, v, shift, scale)  # what autocast casts is another one for each call
     key, versions = (op, *map(id, given)), tuple([one._version for one in given])
-    found = _held[-1].get(key)
+    found = blocks[0].get(key)
     if found is None or found[1] != versions:
-        found = _held[-1][key] = (given, versions, _made(lying(op, weight), u, v, shift, scale))
+        found = blocks[0][key] = (given, versions, _made(lying(op, weight), u, v, shift, scale))
     return found[2]
 
 
@@ -137,7 +139,7 @@ def _parameters(*tensors: Tensor) -> bool:
 
 
 def _made(weight: Tensor, u: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """W + U diag(δ s) V; it lies as the stored one does, lest another kernel reads it."""
+    """W + U diag(δ s) V; it lies by rows or by columns as the stored one does, lest another kernel reads it."""
     if not differentiable() or torch.compiler.is_compiling():
         found = fused.added(weight, u, v, shift, scale)
         if found is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
-from sarac.ir.calls import AUTO, PINNED, forget, singular
+from sarac.ir.calls import PINNED, PLAIN, TWO_SIDED, forget, singular
 from sarac.ir.errors import NotFoldable, WeightError
 from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
 from sarac.ir.sharded import is_sharded
@@ -101,8 +101,9 @@ def settle(module: nn.Module) -> None:
         weight = module._parameters[slot.param]
         if weight is None or is_sharded(weight):
             continue
-        if module.__dict__[slot.schedule] in (AUTO, PINNED):
-            module.__dict__[slot.schedule] = PINNED if fixed(slot, module) else AUTO
+        asked = module.__dict__[slot.schedule].removesuffix(PINNED)
+        if asked not in (PLAIN, TWO_SIDED):
+            module.__dict__[slot.schedule] = asked + PINNED if fixed(slot, module) else asked
 
 
 def base_attribute(param: str) -> str:

@@ -203,6 +203,19 @@ def test_block_of_accumulation_may_end_between_forward_and_backward(schedule: st
             differ(one, 2 * other)
 
 
+def test_threads_accumulate_each_on_its_own() -> None:
+    model, x = adapted(nn.Linear(8, 12), "materialised"), torch.randn(5, 8)
+    one, other = sarac.accumulating(), sarac.accumulating()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)  # of another thread than that whose block is the last
+    assert len(materialised._held) == 1
+    model(x).sum().backward()
+    assert len(materialised._held[0]) == 1
+    other.__exit__(None, None, None)
+    assert materialised._held == []
+
+
 def test_weights_that_fsdp_refills_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, made = adapted(nn.Linear(8, 12), "materialised"), torch.randn(5, 8), list[int]()
     make = materialised._made
