@@ -11,7 +11,7 @@ from experiments.spec import SEARCH_SEED, Spec, seeds
 
 TITLE = "Accuracy and forgetting"
 QUESTION = "How far from full fine-tuning is it, and what is forgotten?"
-TASKS = ("gsm8k", "svamp", "boolq", "e2e", "mawps")
+TASKS = ("gsm8k", "svamp", "boolq", "e2e", "mawps", "openbookqa", "arc-easy")
 FINALISTS = (
     ("full", ""),
     ("lora", "r=8"),
@@ -19,14 +19,15 @@ FINALISTS = (
     ("sara-factors-svd", "threshold:0.05"),
     ("mosara-soft", "threshold:0.5"),
 )
+CONTROLS = (("pissa", "r=8"), ("adalora", "r=8"), ("ia3", ""), ("vera", "r=256"))
 RUINED = 2.0  # nll above which a run learnt nothing
 SCORES = ("exact", "choices", "bleu", "rouge_l")
 
 
 def groups(model: str) -> dict[str, list[Entry]]:
-    """The finalists by task, the untouched model first."""
+    """The finalists and the other controls by task, the untouched model first."""
     how: dict[str, Any] = {"extras": ("accuracy",), "model": model}
-    pairs, tasks = (("untouched", ""), *FINALISTS), TASKS
+    pairs, tasks = (("untouched", ""), *FINALISTS, *CONTROLS), TASKS
     if model == "tiny":
         how |= {"steps": 12, "batch": 8}
         pairs, tasks = (("untouched", ""), ("sara", "threshold:0.6"), ("lora", "r=1")), ("sums", "larger")
@@ -40,6 +41,12 @@ def specs(model: str) -> list[Spec]:
     return [*trained, *(spec for spec in found if spec.method == "untouched")]
 
 
+def made(lines: Lines, model: str) -> dict[str, list[Entry]]:
+    """Of the groups what has been run; all of them where nothing has."""
+    found = {task: [entry for entry in group if lines.of(entry.spec)] for task, group in groups(model).items()}
+    return {task: group for task, group in found.items() if len(group) > 1} or groups(model)
+
+
 def score(line: Line, name: str) -> float | None:
     """A score of the line's task in percent."""
     found = line.get("accuracy", {}).get(line["spec"]["task"], {}).get(name)
@@ -50,7 +57,7 @@ def report(lines: Lines, model: str, folder: Path) -> str:
     """Losses and scores by task, what was forgotten of unrelated text, and that over what was learnt, by the rate."""
     parts: list[str] = []
     points: dict[str, list[Any]] = {}
-    for task, group in groups(model).items():
+    for task, group in made(lines, model).items():
         reference = against(group)
         parts += [f"{task}:\n\n{comparison(lines, group, reference)}", scores(lines, group, reference)]
         for entry in group:
@@ -94,17 +101,18 @@ def scores(lines: Lines, group: list[Entry], reference: Entry) -> str:
 def forgotten(lines: Lines, model: str) -> str:
     """How much further than the reference each method went from unrelated text, by task."""
     found: dict[str, dict[str, str]] = {}
-    for task, group in groups(model).items():
+    for task, group in made(lines, model).items():
         reference = against(group)
         base = lines.values(reference.spec, "unrelated_nll")
         for entry in group:
             if entry != reference and entry.spec.method != "untouched":
                 gap = paired(lines.values(entry.spec, "unrelated_nll"), base)
                 found.setdefault(entry.label, {})[task] = difference(gap)
-    rows = [[label, *gaps.values()] for label, gaps in found.items() if any(gaps.values())]
+    tasks = list(made(lines, model))
+    rows = [[label, *(gaps.get(task, "") for task in tasks)] for label, gaps in found.items() if any(gaps.values())]
     if not rows:
         return ""
-    return f"Nll on unrelated text, less that of {reference.label} (paired by seed):\n\n{table(['', *groups(model)], rows)}"
+    return f"Nll on unrelated text, less that of {reference.label} (paired by seed):\n\n{table(['', *tasks], rows)}"
 
 
 def by_rate(lines: Lines) -> tuple[list[list[str]], dict[str, list[tuple[float, float]]]]:
