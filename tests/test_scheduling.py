@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,16 +131,33 @@ def test_what_was_loaded_over_the_base_is_looked_at() -> None:
     assert asked(model) == {AUTO}
 
 
-@pytest.mark.parametrize("choice", ["right", "materialised", "rebuilt"])
+@pytest.mark.parametrize("choice", ["right", "left", "materialised", "rebuilt"])
 def test_a_choice_is_looked_at_too_before_compiled_code_runs_by_it(choice: str) -> None:
-    model, x = set_to(choice, shake(sarac.transform(mlp(6, 5), "rank:2"))), torch.randn(4, 6)
-    model.load_state_dict({"0.weight": torch.randn(5, 6)}, strict=False)
+    base = nn.Sequential(nn.Linear(5, 6, bias=False))
+    model, x = set_to(choice, shake(sarac.transform(base, "rank:3"))), torch.randn(4, 5, requires_grad=True)
+    model.load_state_dict({"0.weight": torch.randn(6, 5)}, strict=False)
     assert asked(model) == {choice + PINNED}
     assert {one.schedule for one in sarac.schedule(model).sites} == {"two-sided"}
+    found = compiled_products(model, x)
+    model[0].__dict__["sara_schedule"] = choice  # as it would run, were it not looked at
+    unseen = compiled_products(model, x)
+    expected = products(set_to("plain", model), x)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    assert not all(torch.allclose(one, other, rtol=1e-2) for one, other in zip(unseen, expected, strict=True))
+
+
+def compiled_products(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")(x)
-    close(compiled, set_to("plain", model)(x))
-    differ(compiled, 2 * compiled)
+    return products(torch.compile(model, backend="aot_eager"), x)
+
+
+def products(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model gives, and the gradient of its shifts."""
+    model.zero_grad()
+    found = model(x)
+    found.square().sum().backward()
+    return found.detach(), next(p.grad for p in model.parameters() if p.requires_grad).clone()
 
 
 def test_a_wider_dtype_is_looked_at_before_compiled_code_runs_in_it() -> None:

@@ -32,9 +32,8 @@ def projected(x: Tensor, v: Tensor, siblings: Siblings | None = None) -> Tensor:
 def expanded(y: Tensor, h: Tensor, u: Tensor) -> Tensor:
     """y + hᵀ u in place of y (…, n), from h (k, tokens) and u (k, n); beside y where that is to be differentiated again."""
     flat = rows(y)
-    if (
-        torch.compiler.is_compiling()
-    ):  # a sum can join what reads it; as one of float32 it is not made `addmm`, which copies y first
+    if torch.compiler.is_compiling():
+        # A sum can join what reads it; one of float32 is not made an `addmm`, which would copy y first.
         flat = (flat.float() + (h.mT @ u).float()).to(flat.dtype) if flat.dtype == torch.bfloat16 else flat + h.mT @ u
     else:
         flat = torch.addmm(flat, h.mT, u) if differentiable() else flat.addmm_(h.mT, u)
@@ -71,7 +70,7 @@ def _turned(matrix: Tensor) -> bool:
 def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> Tensor:
     """Σ g ⊙ h over the tokens of (k, tokens), in float32 at least, divided by 1 + δ where δ is given and that is not near zero.
 
-    Where it is near zero g stands for what `long` gives, s ⊙ V x of x (tokens, in), V and s. Products that are rounded to
+    Where it is near zero, `long` gives what is put into g, s ⊙ V x of x (tokens, in), V and s. Products that are rounded to
     bfloat16 first would lose half of the digits.
     """
     if not differentiable() or torch.compiler.is_compiling():

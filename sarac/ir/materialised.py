@@ -91,9 +91,8 @@ def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
         h = lain(u.mT) @ rows(y).mT
         fused.mend(h, rows(x), v, scale, shift)
     keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
-    ctx.made = (
-        made if _held and not kept else None
-    )  # not among what is saved: a checkpoint counts that, in the block and behind it
+    # Not among what is saved: a checkpoint counts that, in the block and behind it.
+    ctx.made = made if _held and not kept else None
     return y.detach(), h
 
 

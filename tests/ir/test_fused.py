@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from zoo import close, differ, same
 
-from sarac.ir import check, fused, routes
+from sarac.ir import byhand, check, fused, routes
 from sarac.ir.byhand import sums
 from sarac.ir.fused import NEAR
 
@@ -97,6 +97,11 @@ def test_rows_near_zero_are_mended_and_no_other(dtype: torch.dtype, triton: bool
             differ(h[row], before[row])
         else:
             same(h[row], before[row])
+
+
+def test_near_is_near_everywhere() -> None:
+    c = torch.tensor([NEAR, -NEAR, 0.999 * NEAR, -0.999 * NEAR, 0.0, 1.0])
+    assert byhand.near(c).tolist() == (c.abs() < NEAR).tolist() == [False, False, True, True, True, False]
 
 
 def test_what_kernels_do_not_have_is_left_to_torch() -> None:
