@@ -50,9 +50,8 @@ class Lines:
         if pair is None:
             return spec.lr, self._known.get((*spec.cell, spec.lr), {}), spec.plan
         rates = [(self.search.best(one), one[1]) for one in self.search.standing(pair)]
-        made = ((rate, self._known.get((*spec.cell, rate), {}), plan) for rate, plan in rates)
-        nothing_yet = (*rates[0][:1], {}, rates[0][1]) if rates else (None, {}, spec.plan)
-        return next((one for one in made if one[1]), nothing_yet)
+        found = [(rate, self._known.get((*spec.cell, rate), {}), plan) for rate, plan in rates]
+        return next((one for one in found if one[1]), found[0] if found else (None, {}, spec.plan))
 
     def values(self, spec: Spec, value: Value | str = "nll") -> dict[int, float]:
         """One figure of every seed; seeds that do not have it are left out."""
