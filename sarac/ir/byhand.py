@@ -46,20 +46,25 @@ def lain(matrix: Tensor) -> Tensor:
     A copy of columns a whole number of bytes apart would not do: it is k that products look at, wherever it lies together.
     """
     if matrix.is_cuda and max(matrix.stride()) * matrix.element_size() % 16:
-        found = fused.turned(matrix.mT, None) if _turned(matrix) and not differentiable() else None
+        found = fused.turned(matrix.mT) if _turned(matrix) and not differentiable() else None
         return matrix.contiguous() if found is None else found
     return matrix
 
 
-def times(matrix: Tensor, values: Tensor) -> Tensor:
-    """diag(values) times a matrix (k, …) in the matrix's dtype, rounded once; its rows lie together."""
+def times(matrix: Tensor, values: Tensor, other: Some = None) -> Tensor:
+    """diag(values), or diag(values ⊙ other), times a matrix (k, …) in the matrix's dtype, rounded once; its rows lie together."""
     if not differentiable() and _turned(matrix):
-        found = fused.turned(matrix.mT, values)
+        found = fused.turned(matrix.mT, values, other)
         if found is not None:
             return found
+    return rounded(matrix, (values if other is None else values * other).unsqueeze(-1))
+
+
+def rounded(matrix: Tensor, values: Tensor) -> Tensor:
+    """matrix ⊙ values in the matrix's dtype, rounded once; its rows lie together."""
     if differentiable() or torch.compiler.is_compiling():
-        return (matrix * values.unsqueeze(-1)).to(matrix.dtype).contiguous()
-    return torch.mul(matrix, values.unsqueeze(-1), out=matrix.new_empty(matrix.shape))  # nothing wider is written in between
+        return (matrix * values).to(matrix.dtype).contiguous()
+    return torch.mul(matrix, values, out=matrix.new_empty(matrix.shape))  # nothing wider is written in between
 
 
 def _turned(matrix: Tensor) -> bool:
@@ -67,23 +72,25 @@ def _turned(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 and matrix.stride(1) != 1
 
 
-def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None) -> Tensor:
+def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None, scale: Some = None) -> Tensor:
     """Σ g ⊙ h over the tokens of (k, tokens), in float32 at least, divided by 1 + δ where δ is given and that is not near zero.
 
-    Where it is near zero, `long` gives what is put into g, s ⊙ V x of x (tokens, in), V and s. Products that are rounded to
-    bfloat16 first would lose half of the digits.
+    Where it is near zero, `long` gives what is put into g, s ⊙ V x of x (tokens, in), V and s. Times s where `scale` gives it.
+    Products that are rounded to bfloat16 first would lose half of the digits.
     """
     if not differentiable() or torch.compiler.is_compiling():
         if long is not None and shift is not None:
             fused.mend(g, *long, shift)
-        found = fused.sums(g, h, shift)
+        found = fused.sums(g, h, shift, scale)
         if found is not None:
             return found
     if g.dtype == torch.bfloat16 and not (differentiable() or torch.compiler.is_compiling()):
         # Piece by piece, so that nothing of all tokens is there in float32.
         pieces = zip(torch.split(g, _PIECE, 1), torch.split(h, _PIECE, 1), strict=True)
-        return over(torch.stack([torch.mul(one, other.float()).sum(1) for one, other in pieces]).sum(0), shift)
-    return over((g.float() * h.float() if g.dtype == torch.bfloat16 else g * h).sum(1), shift)
+        total = torch.stack([torch.mul(one, other.float()).sum(1) for one, other in pieces]).sum(0)
+    else:
+        total = (g.float() * h.float() if g.dtype == torch.bfloat16 else g * h).sum(1)
+    return over(total, shift) if scale is None else over(total, shift) * scale
 
 
 def over(total: Tensor, shift: Some) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-_TOKENS, _RANKS = 32, 128  # tokens and directions of a block of the routed kernels: few steps, and all processors at work
+_TOKENS, _RANKS = 64, 64  # tokens and directions of a block of the routed kernels: the best of 13 on an H200 at k = 566, 759
 _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
 _SIDE = 64  # of a square that is turned
 _HIGH, _WIDE, _DEEP, _GROUP = 128, 128, 32, 8  # of a product's block, and so many blocks of rows share what they read
@@ -28,35 +28,38 @@ Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
 Launch = Callable[[str, tuple[Any, ...], tuple[Tensor, ...], tuple[Any, ...], tuple[Any, ...]], None]
 
 
-def mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> Mixed | None:
-    """h ⊙ (mᵀ g) in h's dtype and the scores (sets, tokens), from h (k, tokens), R and m (sets, k)."""
-    if not _fits(h, router, shift):
+def mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str) -> Mixed | None:
+    """h ⊙ (mᵀ g) in h's dtype and the scores (sets, tokens), from h (k, tokens), R (sets, k) and m = δ (sets, k), or δ ⊙ s."""
+    if not _fits(h, router, shift, scale):
         return None
     if torch.compiler.is_compiling():
-        found: Mixed = _mixed_in_graph(h, router, shift, kind)
+        found: Mixed = _mixed_in_graph(h, router, shift, scale, kind)
         return found
-    return _mixed(h, router, shift, kind, _launch)
+    return _mixed(h, router, shift, scale, kind, _launch)
 
 
-def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> Back | None:
-    """The gradients of h (k, tokens), m and R (sets, k), from that of h ⊙ (mᵀ g)."""
+def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, router: Tensor, kind: str) -> Back | None:
+    """The gradients of h (k, tokens), δ and R (sets, k), from that of h ⊙ (mᵀ g)."""
     compiling = torch.compiler.is_compiling()
-    if dmixed.dtype != h.dtype or (torch.is_grad_enabled() and not compiling) or not _fits(h, router, shift):
+    if dmixed.dtype != h.dtype or (torch.is_grad_enabled() and not compiling) or not _fits(h, router, shift, scale):
         return None
     if compiling:
-        found: Back = _back_in_graph(dmixed, h, scores, shift, router, kind)
+        found: Back = _back_in_graph(dmixed, h, scores, shift, scale, router, kind)
         return found
-    return _back(dmixed, h, scores, shift, router, kind, _launch)
+    return _back(dmixed, h, scores, shift, scale, router, kind, _launch)
 
 
-def sums(g: Tensor, h: Tensor, shift: Some) -> Some:
-    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, over 1 + δ where δ is given and |1 + δ| is not below NEAR."""
+def sums(g: Tensor, h: Tensor, shift: Some = None, scale: Some = None) -> Some:
+    """Σ g ⊙ h over the tokens of both (k, tokens), in float32, times s where s (k,) is given.
+
+    Over 1 + δ where δ (k,) is given and |1 + δ| is not below NEAR.
+    """
     if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
         return None
     if torch.compiler.is_compiling():
-        found: Tensor = _sums_in_graph(g, h, shift)
+        found: Tensor = _sums_in_graph(g, h, shift, scale)
         return found
-    return _sums(g, h, shift, _launch)
+    return _sums(g, h, shift, scale, _launch)
 
 
 def added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Some:
@@ -69,14 +72,14 @@ def added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Some:
     return _added(c, a, b, one, other, _launch)
 
 
-def turned(u: Tensor, values: Some) -> Some:
-    """diag(values) Uᵀ (k, out) in U's dtype, or Uᵀ, from U (out, k); each row lies together."""
+def turned(u: Tensor, one: Some = None, other: Some = None) -> Some:
+    """diag(one ⊙ other) Uᵀ (k, out) in U's dtype, or by one alone or none, from U (out, k); each row lies together."""
     if not (u.dtype in (torch.float32, torch.bfloat16) and u.stride(1) == 1 and _runs(u)):
         return None
     if torch.compiler.is_compiling():
-        found: Tensor = _turned_in_graph(u, values)
+        found: Tensor = _turned_in_graph(u, one, other)
         return found
-    return _turned(u, values, _launch)
+    return _turned(u, one, other, _launch)
 
 
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -90,13 +93,19 @@ def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
         _asking(h, x, v, scale, shift)
 
 
-def _sums(g: Tensor, h: Tensor, shift: Some, launch: Launch) -> Tensor:
+def _sums(g: Tensor, h: Tensor, shift: Some, scale: Some, launch: Launch) -> Tensor:
     rank, tokens = h.shape
     pieces = -(-tokens // _LENGTH)
     out = torch.empty((pieces, rank), device=h.device, dtype=torch.float32)
-    tensors = (g, h, out if shift is None else shift.contiguous(), out)
-    launch("sums", (rank, pieces, 1), tensors, (tokens, g.stride(0), h.stride(0), NEAR), (shift is not None, _LENGTH, _WIDTH))
+    tensors = (g, h, _together(shift, out), _together(scale, out), out)
+    constants = (shift is not None, scale is not None, _LENGTH, _WIDTH)
+    launch("sums", (rank, pieces, 1), tensors, (tokens, g.stride(0), h.stride(0), NEAR), constants)
     return out.view(rank) if pieces == 1 else out.sum(0)
+
+
+def _together(values: Some, other: Tensor) -> Tensor:
+    """Values as kernels read them, in one row; where there are none, some tensor in their place."""
+    return other if values is None else values.contiguous()
 
 
 def _added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor, launch: Launch) -> Tensor:
@@ -107,30 +116,34 @@ def _added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor, launch: 
     return out
 
 
-def _turned(u: Tensor, values: Some, launch: Launch) -> Tensor:
+def _turned(u: Tensor, one: Some, other: Some, launch: Launch) -> Tensor:
     height, rank = u.shape
     out = torch.empty((rank, height), device=u.device, dtype=u.dtype)
     grid = (-(-height // _SIDE), -(-rank // _SIDE), 1)
-    tensors = (u, out if values is None else values.contiguous(), out)
-    launch("turned", grid, tensors, (height, rank, u.stride(0)), (values is not None, _SIDE))
+    tensors = (u, _together(one, out), _together(other, out), out)
+    launch("turned", grid, tensors, (height, rank, u.stride(0)), ((one is not None) + (other is not None), _SIDE))
     return out
 
 
-def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str, launch: Launch) -> Mixed:
+def _mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str, launch: Launch) -> Mixed:
     (rank, tokens), sets = h.shape, len(router)
     done = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
     scores = torch.empty((sets, tokens), device=h.device, dtype=torch.float32)
-    tensors = (h, router.contiguous(), shift.contiguous(), done, scores)
-    launch("forward", (-(-tokens // _TOKENS), 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
+    tensors = (h, router.contiguous(), shift.contiguous(), _together(scale, scores), done, scores)
+    constants = (scale is not None, *_how(sets, kind))
+    launch("forward", (-(-tokens // _TOKENS), 1, 1), tensors, (tokens, rank, h.stride(0)), constants)
     return done, scores
 
 
-def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str, launch: Launch) -> Back:
+def _back(
+    dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, router: Tensor, kind: str, launch: Launch
+) -> Back:  # fmt: skip
     (rank, tokens), sets, blocks = h.shape, len(router), -(-h.shape[1] // _TOKENS)
     dh = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
     shares = torch.empty((blocks, 2, sets, rank), device=h.device, dtype=torch.float32)
-    tensors = (dmixed.contiguous(), h, scores, router.contiguous(), shift.contiguous(), dh, shares)
-    launch("backward", (blocks, 1, 1), tensors, (tokens, rank, h.stride(0)), _how(sets, kind))
+    routes = (scores, router.contiguous(), shift.contiguous(), _together(scale, scores))
+    constants = (scale is not None, *_how(sets, kind))
+    launch("backward", (blocks, 1, 1), (dmixed.contiguous(), h, *routes, dh, shares), (tokens, rank, h.stride(0)), constants)
     dshift, drouter = shares.sum(0)
     return dh, dshift, drouter
 
@@ -188,23 +201,23 @@ def _traced(
     wrap_triton(getattr(_kernels(), name))[grid](*tensors, *numbers, *how)
 
 
-def _traced_mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return _mixed(h, router, shift, kind, _traced)
+def _traced_mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    return _mixed(h, router, shift, scale, kind, _traced)
 
 
 def _traced_back(
-    dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str
+    dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Tensor | None, router: Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dh, dshift, drouter = _back(dmixed, h, scores, shift, router, kind, _traced)
+    dh, dshift, drouter = _back(dmixed, h, scores, shift, scale, router, kind, _traced)
     return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
 
 
-def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None) -> Tensor:
-    return _sums(g, h, shift, _traced)
+def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return _sums(g, h, shift, scale, _traced)
 
 
-def _traced_turned(u: Tensor, values: Tensor | None) -> Tensor:
-    return _turned(u, values, _traced)
+def _traced_turned(u: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor:
+    return _turned(u, one, other, _traced)
 
 
 def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -223,9 +236,10 @@ def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
     return None
 
 
-def _fits(h: Tensor, router: Tensor, shift: Tensor) -> bool:
+def _fits(h: Tensor, router: Tensor, shift: Tensor, scale: Some) -> bool:
     narrow = h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
-    return narrow and router.dtype == shift.dtype == torch.float32 and len(router) <= _SETS and _runs(h)
+    wide = router.dtype == shift.dtype == torch.float32 and (scale is None or scale.dtype == torch.float32)
+    return narrow and wide and len(router) <= _SETS and _runs(h)
 
 
 def _runs(h: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Triton kernels for what an adapted call does between its products; imported only where Triton is (sarac.ir.fused).
 
 Projections lie as (k, tokens). A program of the routed ones takes a block of tokens: the scores need all directions before the
-first gate is known, so h is read twice, the second time from the cache. Gates and their mixture of shifts stay in registers;
-products with the few sets are those of float32 in three TF32 steps.
+first gate is known, so h is read twice, the second time from the cache. Gates and their mixture of shifts stay in registers.
+Products with the few sets are those of float32; but for the scores, to 16 bits where h is bfloat16, which has 8.
 """
 
 import os
@@ -13,6 +13,7 @@ import triton.language as tl
 
 SOFT, HARD, TOPK = 0, 1, 2
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+STAGES = tl.constexpr(3)  # of the routed kernels' loops: the next blocks are read while one is worked on
 
 
 @triton.jit
@@ -41,83 +42,120 @@ def _gates(scores, sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr,
 
 
 @triton.jit
+def _halves(x):
+    """x in float32 as the sum of two bfloat16, to 16 bits."""
+    high = x.to(tl.bfloat16)
+    return _wide(high), _wide((x - high.to(tl.float32)).to(tl.bfloat16))
+
+
+@triton.jit
+def _product(a, b, total, narrow: tl.constexpr):
+    """total + a b of float32: in three TF32 steps, or to 16 bits in three of bfloat16, which are twice as fast."""
+    if narrow:
+        a1, a2 = _halves(a)
+        b1, b2 = _halves(b)
+        return tl.dot(a1, b1, tl.dot(a1, b2, tl.dot(a2, b1, total)))
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _shifts(shift, scale, row, rank, sets: tl.constexpr, padded: tl.constexpr, scaled: tl.constexpr):
+    """m of these directions (padded, rows): the shifts of the sets, times the scale where that is asked for."""
+    lanes = tl.arange(0, padded)[:, None]
+    found = tl.load(shift + lanes * rank + row[None, :], (lanes < sets) & (row < rank)[None, :], 0.0)
+    return found * tl.load(scale + row, row < rank, 0.0)[None, :] if scaled else found
+
+
+@triton.jit
 def forward(
-    h, router, shift, mixed, scores, tokens, rank, pitch,
+    h, router, shift, scale, mixed, scores, tokens, rank, pitch, scaled: tl.constexpr,
     sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr, count: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     """mixed = h ⊙ (mᵀ g) and the scores R h, from h (rank, tokens), R and m (sets, rank)."""
+    narrow: tl.constexpr = h.dtype.element_ty == tl.bfloat16
     token = tl.program_id(0) * width + tl.arange(0, width)
     inside, lanes = (token < tokens)[None, :], tl.arange(0, padded)[:, None]
     found = tl.zeros((padded, width), tl.float32)
-    for start in range(0, rank, rows):
+    for start in tl.range(0, rank, rows, num_stages=STAGES):
         row = start + tl.arange(0, rows)
-        few = (lanes < sets) & (row < rank)[None, :]
-        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + token[None, :], (row < rank)[:, None] & inside, 0.0).to(tl.float32)
-        r = tl.load(router + lanes * rank + row[None, :], few, 0.0)
-        found = tl.dot(r, x, found, input_precision="tf32x3")
+        x = tl.load(h + row.to(tl.int64)[:, None] * pitch + token[None, :], (row < rank)[:, None] & inside, 0.0)
+        r = tl.load(router + lanes * rank + row[None, :], (lanes < sets) & (row < rank)[None, :], 0.0)
+        if narrow:  # all bits of R: scores decide which sets are picked
+            r1, r2 = _halves(r)
+            r3 = _wide((r - r1.to(tl.float32) - r2.to(tl.float32)).to(tl.bfloat16))
+            found = tl.dot(r1, _wide(x), tl.dot(r2, _wide(x), tl.dot(r3, _wide(x), found)))
+        else:
+            found = _product(r, x, found, narrow)
     tl.store(scores + lanes.to(tl.int64) * tokens + token[None, :], found, inside & (lanes < sets))
     _, gates = _gates(found, sets, padded, kind, count)
-    for start in range(0, rank, rows):
+    for start in tl.range(0, rank, rows, num_stages=STAGES):
         row = start + tl.arange(0, rows)
-        few = (lanes < sets) & (row < rank)[None, :]
         block = (row < rank)[:, None] & inside
         x = tl.load(h + row.to(tl.int64)[:, None] * pitch + token[None, :], block, 0.0).to(tl.float32)
-        m = tl.load(shift + lanes * rank + row[None, :], few, 0.0)
-        values = tl.dot(tl.trans(m), gates, input_precision="tf32x3")
-        tl.store(mixed + row.to(tl.int64)[:, None] * tokens + token[None, :], (x * values).to(mixed.dtype.element_ty), block)
+        m = tl.trans(_shifts(shift, scale, row, rank, sets, padded, scaled))
+        x *= _product(m, gates, tl.zeros((rows, width), tl.float32), narrow)
+        tl.store(mixed + row.to(tl.int64)[:, None] * tokens + token[None, :], x.to(mixed.dtype.element_ty), block)
 
 
 @triton.jit
 def backward(
-    dmixed, h, scores, router, shift, dh, shares, tokens, rank, pitch,
+    dmixed, h, scores, router, shift, scale, dh, shares, tokens, rank, pitch, scaled: tl.constexpr,
     sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr, count: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """dh, and of every block of tokens its share of the gradients of m and R, (blocks, 2, sets, rank)."""
+    """dh, and of every block of tokens its share of the gradients of the shifts and R, (blocks, 2, sets, rank)."""
+    narrow: tl.constexpr = h.dtype.element_ty == tl.bfloat16
     token = tl.program_id(0) * width + tl.arange(0, width)
     inside, lanes = (token < tokens)[None, :], tl.arange(0, padded)[:, None]
     known = tl.load(scores + lanes.to(tl.int64) * tokens + token[None, :], inside & (lanes < sets), 0.0)
     soft, gates = _gates(known, sets, padded, kind, count)
     dgates = tl.zeros((padded, width), tl.float32)
-    for start in range(0, rank, rows):
+    for start in tl.range(0, rank, rows, num_stages=STAGES):
         row = start + tl.arange(0, rows)
-        few = (lanes < sets) & (row < rank)[None, :]
         block = (row < rank)[:, None] & inside
         x = tl.load(h + row.to(tl.int64)[:, None] * pitch + token[None, :], block, 0.0).to(tl.float32)
         x *= tl.load(dmixed + row.to(tl.int64)[:, None] * tokens + token[None, :], block, 0.0).to(tl.float32)
-        m = tl.load(shift + lanes * rank + row[None, :], few, 0.0)
-        dgates = tl.dot(m, x, dgates, input_precision="tf32x3")
+        dgates = _product(_shifts(shift, scale, row, rank, sets, padded, scaled), x, dgates, narrow)
     if kind == 2:
         dgates = tl.where(gates != 0.0, dgates, 0.0)
     dscores = soft * (dgates - tl.sum(soft * dgates, 0)[None, :])
     dscores = tl.where(inside, dscores, 0.0)
     share = shares + tl.program_id(0).to(tl.int64) * 2 * sets * rank
-    for start in range(0, rank, rows):
+    for start in tl.range(0, rank, rows, num_stages=STAGES):
         row = start + tl.arange(0, rows)
         few = (lanes < sets) & (row < rank)[None, :]
         block = (row < rank)[:, None] & inside
         place = row.to(tl.int64)[:, None] * tokens + token[None, :]
         x = tl.load(h + row.to(tl.int64)[:, None] * pitch + token[None, :], block, 0.0).to(tl.float32)
         dx = tl.load(dmixed + place, block, 0.0).to(tl.float32)
-        m = tl.load(shift + lanes * rank + row[None, :], few, 0.0)
-        r = tl.load(router + lanes * rank + row[None, :], few, 0.0)
-        values = tl.dot(tl.trans(m), gates, input_precision="tf32x3")
-        through = tl.dot(tl.trans(r), dscores, input_precision="tf32x3")
-        tl.store(dh + place, (dx * values + through).to(dh.dtype.element_ty), block)
-        out = share + lanes * rank + row[None, :]
-        tl.store(out, tl.dot(gates, tl.trans(x * dx), input_precision="tf32x3"), few)
-        tl.store(out + sets * rank, tl.dot(dscores, tl.trans(x), input_precision="tf32x3"), few)
+        m = tl.trans(_shifts(shift, scale, row, rank, sets, padded, scaled))
+        r = tl.trans(tl.load(router + lanes * rank + row[None, :], few, 0.0))
+        none = tl.zeros((rows, width), tl.float32)
+        out = dx * _product(m, gates, none, narrow) + _product(r, dscores, none, narrow)
+        tl.store(dh + place, out.to(dh.dtype.element_ty), block)
+        none = tl.zeros((padded, rows), tl.float32)
+        dm = _product(gates, tl.trans(x * dx), none, narrow)
+        if scaled:
+            dm *= tl.load(scale + row, row < rank, 0.0)[None, :]
+        tl.store(share + lanes * rank + row[None, :], dm, few)
+        tl.store(share + (lanes + sets) * rank + row[None, :], _product(dscores, tl.trans(x), none, narrow), few)
 
 
 @triton.jit
 def turned(
-    u, values, out, height, rank, pitch, scaled: tl.constexpr, side: tl.constexpr
+    u, one, other, out, height, rank, pitch, scaled: tl.constexpr, side: tl.constexpr
 ):  # fmt: skip
-    """diag(values) Uᵀ (rank, height) from U (height, rank), a square at a time: what is read and what is written lie together."""
+    """diag(values) Uᵀ (rank, height) from U (height, rank), a square at a time: what is read and what is written lie together.
+
+    `scaled`: by no values, by `one`, or by two's product.
+    """
     row = (tl.program_id(0) * side + tl.arange(0, side)).to(tl.int64)
     column = (tl.program_id(1) * side + tl.arange(0, side)).to(tl.int64)
     block = tl.load(u + row[:, None] * pitch + column[None, :], (row < height)[:, None] & (column < rank)[None, :], 0.0)
-    if scaled:
-        block = block.to(tl.float32) * tl.load(values + column, column < rank, 0.0).to(tl.float32)[None, :]
+    if scaled > 0:
+        values = tl.load(one + column, column < rank, 0.0).to(tl.float32)
+        if scaled > 1:
+            values *= tl.load(other + column, column < rank, 0.0).to(tl.float32)
+        block = block.to(tl.float32) * values[None, :]
     place = out + column[:, None] * height + row[None, :]
     tl.store(place, tl.trans(block).to(out.dtype.element_ty), (column < rank)[:, None] & (row < height)[None, :])
 
@@ -149,9 +187,13 @@ def added(
 
 @triton.jit
 def sums(
-    g, h, shift, out, tokens, gpitch, hpitch, near, divide: tl.constexpr, length: tl.constexpr, width: tl.constexpr
+    g, h, shift, scale, out, tokens, gpitch, hpitch, near,
+    divide: tl.constexpr, scaled: tl.constexpr, length: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Σ g ⊙ h of one row over a piece of `length` tokens, (pieces, rank) in float32, over 1 + δ where that is not near zero."""
+    """Σ g ⊙ h of one row over a piece of `length` tokens, (pieces, rank) in float32, over 1 + δ where that is not near zero.
+
+    Times the scale where that is asked for.
+    """
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * length
     total = tl.zeros((width,), tl.float32)
     for further in range(0, length, width):
@@ -162,6 +204,8 @@ def sums(
     if divide:
         c = 1.0 + tl.load(shift + row)
         found = tl.where(tl.abs(c) < near, found, found / c)
+    if scaled:
+        found *= tl.load(scale + row).to(tl.float32)
     tl.store(out + tl.program_id(1) * tl.num_programs(0) + row, found)
 
 

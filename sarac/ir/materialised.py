@@ -56,7 +56,7 @@ class Materialised(torch.autograd.Function):
             if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
             elif not _tall(weight) or dx is None or differentiable():
-                dshift = sums(lain(u.mT) @ rows(dy).mT, h) * scale
+                dshift = sums(lain(u.mT) @ rows(dy).mT, h, scale=scale)
             else:
                 dshift = sums(projected(dx, v), h, shift, (rows(dy), u.mT, scale))
         if dh is not None and again():
@@ -143,7 +143,7 @@ def _made(weight: Tensor, u: Tensor, v: Tensor, shift: Tensor, scale: Tensor) ->
         found = fused.added(weight, u, v, shift, scale)
         if found is not None:
             return found
-    scaled = times(u.mT, shift * scale)
+    scaled = times(u.mT, shift, scale)
     if weight.is_contiguous():
         return torch.addmm(weight, scaled.mT, v)
     return torch.addmm(weight.mT, v.mT, scaled).mT

@@ -27,7 +27,7 @@ class RoutedTwoSided(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift, siblings, router, ctx.kind = given
         h = projected(x, v, siblings)
-        mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
+        mixed, scores = _mixed(h, router, shift, scale, ctx.kind)
         keep(ctx, op, x, weight, u, v, scale, shift, router, h, scores)
         return expanded(base(op, x, weight, bias), mixed, lain(u.mT)).detach(), h
 
@@ -37,12 +37,11 @@ class RoutedTwoSided(torch.autograd.Function):
         weight, u, v, scale, shift, router, h, scores = saved(ctx)
         dx, done = None, _NOTHING
         if dy is not None:
-            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift * scale, router, ctx.kind)
+            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift, scale, router, ctx.kind)
             dx = expanded(rows(dy) @ weight, done.h, v) if ctx.needs_input_grad[1] else None
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)
-        dshift = None if done.shift is None else done.shift * scale
-        return *gradients(ctx, dy, dx, dshift), done.router, None
+        return *gradients(ctx, dy, dx, done.shift), done.router, None
 
 
 class RoutedRight(torch.autograd.Function):
@@ -53,7 +52,7 @@ class RoutedRight(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, _, v, _, shift, siblings, router, ctx.kind = given
         h = projected(x, v, siblings)
-        mixed, scores = _mixed(h, router, shift, ctx.kind)
+        mixed, scores = _mixed(h, router, shift, None, ctx.kind)
         keep(ctx, op, x, weight, v, shift, router, h, scores)
         moved = torch.addmm(rows(x), mixed.mT, v)
         return base(op, moved.view(x.shape), weight, bias).detach(), h
@@ -65,7 +64,7 @@ class RoutedRight(torch.autograd.Function):
         dx, done = None, _NOTHING
         if dy is not None:
             dx = rows(dy) @ weight
-            done = _back(projected(dx, v), h, scores, shift, router, ctx.kind)
+            done = _back(projected(dx, v), h, scores, shift, None, router, ctx.kind)
             dx = expanded(dx, done.h, v) if ctx.needs_input_grad[1] else None
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)
@@ -81,7 +80,7 @@ class RoutedLeft(torch.autograd.Function):
         op, x, weight, _, u, _, scale, shift, _, router, ctx.kind = given
         y = base(op, x, weight, None)
         h = times(u.mT, 1 / scale) @ rows(y).mT
-        mixed, scores = _mixed(h, router, shift * scale, ctx.kind)
+        mixed, scores = _mixed(h, router, shift, scale, ctx.kind)
         keep(ctx, op, x, weight, u, scale, shift, router, h, scores)
         return expanded(y, mixed, lain(u.mT)).detach(), h
 
@@ -91,20 +90,19 @@ class RoutedLeft(torch.autograd.Function):
         weight, u, scale, shift, router, h, scores = saved(ctx)
         dx, done = None, _NOTHING
         if dy is not None:
-            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift * scale, router, ctx.kind)
+            done = _back(lain(u.mT) @ rows(dy).mT, h, scores, shift, scale, router, ctx.kind)
             moved = torch.addmm(rows(dy), done.h.mT, times(u.mT, 1 / scale))
             dx = moved @ weight if ctx.needs_input_grad[1] else None
         if dh is not None and again():
             dx = plus(dx, (dh.mT @ times(u.mT, 1 / scale)) @ weight)
-        dshift = None if done.shift is None else done.shift * scale
-        return *gradients(ctx, dy, dx, dshift), done.router, None
+        return *gradients(ctx, dy, dx, done.shift), done.router, None
 
 
 ROUTED: dict[str, type[torch.autograd.Function]] = {"two-sided": RoutedTwoSided, "right": RoutedRight, "left": RoutedLeft}
 
 
 class _Done(NamedTuple):
-    """Gradients of h (k, tokens) in its dtype, of the shifts (sets, k) that the gates mix, and of R."""
+    """Gradients of h (k, tokens) in its dtype, of the shifts δ (sets, k), and of R."""
 
     h: Any
     shift: Some
@@ -114,21 +112,22 @@ class _Done(NamedTuple):
 _NOTHING = _Done(None, None, None)
 
 
-def _mixed(h: Tensor, router: Tensor, shift: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """h ⊙ (mᵀ g), and the scores R h (sets, tokens) that g is of."""
-    found = fused.mixed(h, router, shift, kind)
+def _mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str) -> tuple[Tensor, Tensor]:
+    """h ⊙ (mᵀ g), with m = δ or, where s is given, δ ⊙ s; and the scores R h (sets, tokens) that g is of."""
+    found = fused.mixed(h, router, shift, scale, kind)
     if found is None:
         scores = router @ h.to(router.dtype)
-        found = (h * (shift.mT @ gates_of(scores.mT, kind).mT.to(shift.dtype))).to(h.dtype), scores
+        gates = gates_of(scores.mT, kind).mT.to(shift.dtype)
+        found = (h * (_scaled(shift, scale).mT @ gates)).to(h.dtype), scores
     return found
 
 
-def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tensor, kind: str) -> _Done:
-    """The gradients behind (mᵀ g) ⊙ h: through h itself, through the shifts m, and through the gates g = softmax(R h)."""
-    done = fused.back(dmixed, h, scores, shift, router, kind)
+def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, router: Tensor, kind: str) -> _Done:
+    """The gradients behind (mᵀ g) ⊙ h: through h itself, through δ in the shifts m, and through the gates g = softmax(R h)."""
+    done = fused.back(dmixed, h, scores, shift, scale, router, kind)
     if done is not None:
         return _Done(*done)
-    seen = h.to(router.dtype)
+    seen, shift = h.to(router.dtype), _scaled(shift, scale)
     if torch.is_grad_enabled():
         scores = router @ seen  # of which h and the router are to be seen again
     gates, soft = gates_of(scores.mT, kind).mT.to(shift.dtype), torch.softmax(scores, 0)
@@ -137,4 +136,8 @@ def _back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, router: Tens
     dsoft = dgates * (gates != 0) if kind.startswith("topk:") else dgates
     dscores = soft * (dsoft - (soft * dsoft).sum(0))
     through = (dmixed * (shift.mT @ gates)).to(h.dtype)
-    return _Done(through + (router.mT @ dscores).to(h.dtype), gates @ dvalues.mT, dscores @ seen.mT)
+    return _Done(through + (router.mT @ dscores).to(h.dtype), _scaled(gates @ dvalues.mT, scale), dscores @ seen.mT)
+
+
+def _scaled(shift: Tensor, scale: Some) -> Tensor:
+    return shift if scale is None else shift * scale

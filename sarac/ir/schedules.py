@@ -26,6 +26,7 @@ from sarac.ir.byhand import (
     lain,
     plus,
     projected,
+    rounded,
     rows,
     saved,
     sums,
@@ -47,24 +48,24 @@ class TwoSided(torch.autograd.Function):
         """As the class says; h = V x."""
         op, x, weight, bias, u, v, scale, shift, siblings = given
         h = projected(x, v, siblings)
-        factors, values = ctx.needs_input_grad[4] or ctx.needs_input_grad[5], shift * scale
-        keep(ctx, op, x, x if factors else None, weight, u, v, scale, shift, h)
-        parts = (times(h, values), lain(u.mT)) if factors else (h, times(u.mT, values))
-        return expanded(base(op, x, weight, bias), *parts).detach(), h
+        keep(ctx, op, x, x if ctx.needs_input_grad[5] else None, weight, u, v, scale, shift, h)
+        return expanded(base(op, x, weight, bias), h, times(u.mT, shift, scale)).detach(), h
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
-        """dX = dY W + ((δ s) ⊙ dY U) V; dδ = s ⊙ Σ dY U ⊙ V x; dU = dYᵀ ((δ s) ⊙ V x), dV = ((δ s) ⊙ dY U)ᵀ x."""
+        """dX = dY W + gᵀ (δ s ⊙ V) with g = Uᵀ dY; dδ = s ⊙ Σ g ⊙ V x; dU = (dYᵀ (V x)) ⊙ δ s, dV = δ s ⊙ (g x).
+
+        Shifts are multiplied into what is as large as U and V, nothing of all tokens. Where V trains, Σ g ⊙ V x = Σ V ⊙ g x.
+        """
         x, weight, u, v, scale, shift, h = saved(ctx, 1)
         dx, du, dv, dshift = None, None, None, None
         if dy is not None:
-            values, g = shift * scale, lain(u.mT) @ rows(dy).mT
-            parts = (g, times(v, values)) if x is None else (times(g, values), lain(v))
-            if ctx.needs_input_grad[1]:
-                dx = expanded(rows(dy) @ weight, *parts)
-            if x is not None:
-                du, dv = rows(dy).mT @ times(h, values).mT, parts[0] @ rows(x)
-            dshift = sums(g, h) * scale
+            g = lain(u.mT) @ rows(dy).mT
+            dx = expanded(rows(dy) @ weight, g, times(v, shift, scale)) if ctx.needs_input_grad[1] else None
+            du = rounded(rows(dy).mT @ h.mT, shift * scale) if ctx.needs_input_grad[4] else None
+            seen = None if x is None else g @ rows(x)
+            dv = None if seen is None else times(seen, shift, scale)
+            dshift = sums(g, h, scale=scale) if seen is None else sums(seen, v, scale=scale)
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)
             dv = None if x is None else plus(dv, dh @ rows(x))
