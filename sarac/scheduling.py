@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 from torch import nn
 
-from sarac.ir.calls import AUTO, CHOICES, PINNED, PLAIN, TWO_SIDED, even
+from sarac.ir.calls import AUTO, CHOICES, PLAIN, TWO_SIDED, asked_of, even
 from sarac.ir.cost import Call, device_name, rates_of, rates_or_counts, schedule_at
 from sarac.ir.errors import PlanError, RewriteError, near
 from sarac.ir.graph import Site, starred
@@ -143,10 +143,10 @@ def _scheduled(slot: Slot, module: nn.Module, tokens: int, device: str, compiled
     adapter, weight = slot.adapter, module._parameters[slot.param]
     assert weight is not None
     _, out, inner = slot.layout.sizes(tuple(weight.shape))
-    why, asked = fixed(slot, module), str(getattr(module, slot.schedule)).removesuffix(PINNED)
+    why, asked = fixed(slot, module), asked_of(getattr(module, slot.schedule))
     tensors, routed, biased = slot.tensors(module), not adapter.foldable, module._parameters.get("bias") is not None
     factors, sets = bool({"u", "v"} & set(adapter.trainable)), len(tensors["shift"]) if routed else 0
-    biased = biased or (routed and (compiled or not even(tensors["scale"])))  # either way not on the left
+    biased = biased or (routed and not even(tensors["scale"]))  # either way not on the left
     call = Call(tokens, out, inner, adapter.rank, weight.element_size(), routed, biased, factors, sets, compiled)
     return scheduled(slot.site, call, str(weight.dtype).removeprefix("torch."), device, asked, why)
 

@@ -22,7 +22,8 @@ from sarac.ir.siblings import Siblings
 from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score, without_autocast
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
-PINNED = ", two-sided"  # behind the choice for a site whose factors are no singular vectors: what compiled code runs by
+# Behind the choice for a site, what compiled code cannot look for: its factors are no singular vectors; values are near each other.
+PINNED, LEVEL = ", two-sided", ", even"
 CHOICES = (AUTO, *SCHEDULES, PLAIN)
 EVEN = 4.0  # the largest over the smallest value, above which a routed call's scores would lose digits on the left
 
@@ -82,17 +83,22 @@ def _choices(
 ) -> Steps:  # fmt: skip
     """The schedules of such calls by tokens, as `schedule_at` takes them; `given`: W, U, V and s."""
     compiling, (_, u, v, _) = torch.compiler.is_compiling(), given
-    schedule, pinned, _ = schedule.partition(PINNED)
-    if schedule == TWO_SIDED or (pinned and compiling):
+    asked = asked_of(schedule)
+    if asked == TWO_SIDED or (compiling and schedule == asked + PINNED):
         return _TWO_SIDED
-    verdict = _UNKNOWN if compiling else looked_at(op, *given)
+    verdict = Verdict(singular=True, even=schedule == asked + LEVEL) if compiling else looked_at(op, *given)
     if not verdict.singular:
         return _TWO_SIDED
     right_only = biased or (routes and not verdict.even)
-    if schedule == AUTO:
+    if asked == AUTO:
         return steps(len(u), v.shape[1], u.shape[1], dtype, x.device, routes, right_only, compiling)
-    served = schedule in (ROUTED if routes else SCHEDULES) and not (right_only and schedule == "left")
-    return ((LARGEST, schedule if served else TWO_SIDED),)
+    served = asked in (ROUTED if routes else SCHEDULES) and not (right_only and asked == "left")
+    return ((LARGEST, asked if served else TWO_SIDED),)
+
+
+def asked_of(schedule: str) -> str:
+    """The choice for a site, without what was found there."""
+    return schedule.partition(",")[0]
 
 
 def _as_ever(x: Tensor) -> bool:
@@ -195,7 +201,6 @@ def singular(weight: Tensor, u: Tensor, v: Tensor, scale: Tensor) -> bool:
 
 
 _TWO_SIDED: Steps = ((LARGEST, TWO_SIDED),)
-_UNKNOWN = Verdict(singular=True, even=False)  # compiled code cannot look at values: `settle` has, at what is singular
 # Function.apply without its look at function transforms, of which there are none (`_as_ever`).
 _APPLY, _APPLY_ROUTED = (
     {name: torch._C._FunctionBase.__dict__["apply"].__get__(None, one) for name, one in known.items()}

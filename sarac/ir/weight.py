@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sarac.ir.adapters import Adapter
-from sarac.ir.calls import PINNED, PLAIN, TWO_SIDED, forget, singular
+from sarac.ir.calls import LEVEL, PINNED, PLAIN, TWO_SIDED, asked_of, even, forget, singular
 from sarac.ir.errors import NotFoldable, WeightError
 from sarac.ir.layout import MATRIX, TRANSPOSED, Layout, dense
 from sarac.ir.sharded import is_sharded
@@ -95,15 +95,16 @@ def no_matrix(parts: int, layout: Layout) -> str:
 
 
 def settle(module: nn.Module) -> None:
-    """Note whether the schedules of an adapted module's slots are free: compiled code cannot look at values when it runs."""
+    """Note which schedules serve an adapted module's slots: compiled code cannot look at values when it runs."""
     forget()
     for slot in module.__dict__["_sara"].slots.values():
         weight = module._parameters[slot.param]
         if weight is None or is_sharded(weight):
             continue
-        asked = module.__dict__[slot.schedule].removesuffix(PINNED)
+        asked = asked_of(module.__dict__[slot.schedule])
         if asked not in (PLAIN, TWO_SIDED):
-            module.__dict__[slot.schedule] = asked + PINNED if fixed(slot, module) else asked
+            level = not slot.adapter.foldable and even(slot.tensors(module)["scale"])
+            module.__dict__[slot.schedule] = asked + (PINNED if fixed(slot, module) else LEVEL if level else "")
 
 
 def base_attribute(param: str) -> str:
