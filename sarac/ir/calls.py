@@ -22,7 +22,7 @@ from sarac.ir.siblings import Siblings
 from sarac.ir.terms import add, base, gates_of, leaf, mix, observed, project, running_dtype, scaled, score, without_autocast
 
 AUTO, PLAIN, TWO_SIDED = "auto", "plain", "two-sided"
-# Behind the choice for a site, what compiled code cannot look for: its factors are no singular vectors; values are near each other.
+# Behind the choice for a site, what compiled code cannot look for: factors are no singular vectors; values are near each other.
 PINNED, LEVEL = ", two-sided", ", even"
 CHOICES = (AUTO, *SCHEDULES, PLAIN)
 EVEN = 4.0  # the largest over the smallest value, above which a routed call's scores would lose digits on the left
