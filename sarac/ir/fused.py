@@ -44,9 +44,10 @@ def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, 
     if dmixed.dtype != h.dtype or (torch.is_grad_enabled() and not compiling) or not _fits(h, router, shift, scale):
         return None
     if compiling:
-        found: Back = _back_in_graph(dmixed, h, scores, shift, scale, router, kind)
-        return found
-    return _back(dmixed, h, scores, shift, scale, router, kind, _launch)
+        dh, few = _back_in_graph(dmixed, h, scores, shift, scale, router, kind)
+    else:
+        dh, few = _back(dmixed, h, scores, shift, scale, router, kind, _launch)
+    return dh, few[0], few[1]
 
 
 def sums(g: Tensor, h: Tensor, shift: Some = None, scale: Some = None) -> Some:
@@ -137,15 +138,15 @@ def _mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str, lau
 
 def _back(
     dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, router: Tensor, kind: str, launch: Launch
-) -> Back:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of h, and of δ and R together, (2, sets, k): an operator's results share no memory, and copies cost."""
     (rank, tokens), sets, blocks = h.shape, len(router), -(-h.shape[1] // _TOKENS)
     dh = torch.empty((rank, tokens), device=h.device, dtype=h.dtype)
     shares = torch.empty((blocks, 2, sets, rank), device=h.device, dtype=torch.float32)
     routes = (scores, router.contiguous(), shift.contiguous(), _together(scale, scores))
     constants = (scale is not None, *_how(sets, kind))
     launch("backward", (blocks, 1, 1), (dmixed.contiguous(), h, *routes, dh, shares), (tokens, rank, h.stride(0)), constants)
-    dshift, drouter = shares.sum(0)
-    return dh, dshift, drouter
+    return dh, shares.sum(0)
 
 
 def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, launch: Launch) -> None:
@@ -207,9 +208,8 @@ def _traced_mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Tensor | None
 
 def _traced_back(
     dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Tensor | None, router: Tensor, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh, dshift, drouter = _back(dmixed, h, scores, shift, scale, router, kind, _traced)
-    return dh, dshift.clone(), drouter.clone()  # an operator's results share no memory
+) -> tuple[Tensor, Tensor]:
+    return _back(dmixed, h, scores, shift, scale, router, kind, _traced)
 
 
 def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -227,7 +227,7 @@ def mend(
             if tl.sum(wanted.to(tl.int32), 0) > 0:
                 total = tl.zeros((rows, width), tl.float32)
                 for begin in range(0, inner, depth):
-                    along = begin + tl.arange(0, depth)
+                    along = (begin + tl.arange(0, depth)).to(tl.int64)
                     here = (along < inner)[None, :]
                     left = tl.load(v + row[:, None] * v0 + along[None, :] * v1, (row < rank)[:, None] & here, 0.0)
                     right = tl.load(x + token[:, None] * x0 + along[None, :] * x1, (token < tokens)[:, None] & here, 0.0)

@@ -49,10 +49,9 @@ class Materialised(torch.autograd.Function):
         weight, made, u, v, scale, shift, h = saved(ctx)
         dx = dshift = None
         if dy is not None:
-            made = ctx.made if made is None else made
-            if made is None or differentiable():
-                made = _made(weight, u, v, shift, scale)
-            dx = rows(dy) @ made if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[1]:
+                made = ctx.made if made is None else made
+                dx = rows(dy) @ (_made(weight, u, v, shift, scale) if made is None or differentiable() else made)
             if not _tall(weight) and not ctx.seen:
                 dshift = sums(lain(u.mT) @ rows(dy).mT, h, shift)
             elif not _tall(weight) or dx is None or differentiable():

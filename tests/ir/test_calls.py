@@ -126,7 +126,9 @@ def test_accumulation_makes_what_is_rebuilt_once(monkeypatch: pytest.MonkeyPatch
             gradients(model, x)
     assert len(made) == 1
     gradients(model, x)
-    assert len(made) == 3
+    assert len(made) == 2  # x takes no gradient: none is made for the way back
+    gradients(model, x.requires_grad_())
+    assert len(made) == 4
 
 
 def test_siblings_take_what_inference_mode_made() -> None:
