@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 _TOKENS, _RANKS = 64, 64  # tokens and directions of a block of the routed kernels: the best of 13 on an H200 at k = 566, 759
-_LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and of a block of it
+_LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and numbers that a program takes at once
 _SIDE = 64  # of a square that is turned
 _HIGH, _WIDE, _DEEP, _GROUP = 128, 128, 32, 8  # of a product's block, and so many blocks of rows share what they read
 _THIN = 128  # directions of a product, above which reading U by columns of two bytes costs more than to turn it first
@@ -83,6 +83,17 @@ def turned(u: Tensor, one: Some = None, other: Some = None) -> Some:
     return _turned(u, one, other, _launch)
 
 
+def finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Some:
+    """dδ = s ⊙ Σ dV ⊙ V in float32; δ s is multiplied into dU (out, k) and dV (k, in), which were without it, in place."""
+    there = du.dtype == dv.dtype == v.dtype and v.dtype in (torch.float32, torch.bfloat16) and _runs(v)
+    if not (there and du.is_contiguous() and dv.is_contiguous() and v.stride(1) == 1):
+        return None
+    if torch.compiler.is_compiling():
+        found: Tensor = _finish_in_graph(du, dv, v, shift, scale)
+        return found
+    return _finish(du, dv, v, shift, scale, _launch)
+
+
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
     """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < NEAR, from x (tokens, in) and V (k, in), and into no other."""
     runs = _runs(h) and h.dtype == x.dtype == v.dtype and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
@@ -147,6 +158,15 @@ def _back(
     constants = (scale is not None, *_how(sets, kind))
     launch("backward", (blocks, 1, 1), (dmixed.contiguous(), h, *routes, dh, shares), (tokens, rank, h.stride(0)), constants)
     return dh, shares.sum(0)
+
+
+def _finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> Tensor:
+    rank, inner = v.shape
+    dshift = torch.empty(rank, device=v.device, dtype=torch.float32)
+    tensors = (du, dv, v, shift.contiguous(), scale.contiguous(), dshift)
+    grid = (rank + -(-du.numel() // _WIDTH), 1, 1)
+    launch("finish", grid, tensors, (du.numel(), inner, rank, v.stride(0)), (_WIDTH,))
+    return dshift
 
 
 def _mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, launch: Launch) -> None:
@@ -224,6 +244,10 @@ def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -
     return _added(c, a, b, one, other, _traced)
 
 
+def _traced_finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return _finish(du, dv, v, shift, scale, _traced)
+
+
 def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
     _mend(h, x, v, scale, shift, _traced)
 
@@ -268,4 +292,5 @@ _back_in_graph = _operator("sarac::routed_back", _traced_back)
 _sums_in_graph = _operator("sarac::sums", _traced_sums)
 _turned_in_graph = _operator("sarac::turned", _traced_turned)
 _added_in_graph = _operator("sarac::added", _traced_added)
+_finish_in_graph = _operator("sarac::finish", _traced_finish, "du", "dv")
 _mend_in_graph = _operator("sarac::mend", _traced_mend, "h")

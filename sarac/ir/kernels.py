@@ -210,6 +210,27 @@ def sums(
 
 
 @triton.jit
+def finish(du, dv, v, shift, scale, dshift, numbers, inner, rank, pitch, width: tl.constexpr):
+    """δ s times dU (…, rank) by columns and dV (rank, inner) by rows, in place; before that dδ = s Σ dV ⊙ V, in float32."""
+    program = tl.program_id(0).to(tl.int64)
+    if program < rank:
+        factor = tl.load(scale + program).to(tl.float32)
+        value = factor * tl.load(shift + program).to(tl.float32)
+        total = tl.zeros((width,), tl.float32)
+        for start in range(0, inner, width):
+            column = start + tl.arange(0, width)
+            one = tl.load(dv + program * inner + column, column < inner, 0.0).to(tl.float32)
+            total += one * tl.load(v + program * pitch + column, column < inner, 0.0).to(tl.float32)
+            tl.store(dv + program * inner + column, (one * value).to(dv.dtype.element_ty), column < inner)
+        tl.store(dshift + program, tl.sum(total, 0) * factor)
+    else:
+        place = (program - rank) * width + tl.arange(0, width)
+        value = tl.load(shift + place % rank).to(tl.float32) * tl.load(scale + place % rank).to(tl.float32)
+        one = tl.load(du + place, place < numbers, 0.0).to(tl.float32) * value
+        tl.store(du + place, one.to(du.dtype.element_ty), place < numbers)
+
+
+@triton.jit
 def mend(
     h, x, v, scale, shift, tokens, inner, rank, pitch, x0, x1, v0, v1, near,
     length: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, depth: tl.constexpr,

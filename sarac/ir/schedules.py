@@ -21,12 +21,12 @@ from sarac.ir.byhand import (
     Some,
     again,
     expanded,
+    finished,
     gradients,
     keep,
     lain,
     plus,
     projected,
-    rounded,
     rows,
     saved,
     sums,
@@ -53,19 +53,15 @@ class TwoSided(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
-        """dX = dY W + gᵀ (δ s ⊙ V) with g = Uᵀ dY; dδ = s ⊙ Σ g ⊙ V x; dU = (dYᵀ (V x)) ⊙ δ s, dV = δ s ⊙ (g x).
-
-        Shifts are multiplied into what is as large as U and V, nothing of all tokens. Where V trains, Σ g ⊙ V x = Σ V ⊙ g x.
-        """
+        """dX = dY W + gᵀ (δ s ⊙ V) with g = Uᵀ dY; dδ = s ⊙ Σ g ⊙ V x; dU = (dYᵀ (V x)) ⊙ δ s, dV = δ s ⊙ (g x)."""
         x, weight, u, v, scale, shift, h = saved(ctx, 1)
         dx, du, dv, dshift = None, None, None, None
         if dy is not None:
             g = lain(u.mT) @ rows(dy).mT
             dx = expanded(rows(dy) @ weight, g, times(v, shift, scale)) if ctx.needs_input_grad[1] else None
-            du = rounded(rows(dy).mT @ h.mT, shift * scale) if ctx.needs_input_grad[4] else None
-            seen = None if x is None else g @ rows(x)
-            dv = None if seen is None else times(seen, shift, scale)
-            dshift = sums(g, h, scale=scale) if seen is None else sums(seen, v, scale=scale)
+            du = rows(dy).mT @ h.mT if ctx.needs_input_grad[4] else None
+            dv = None if x is None else g @ rows(x)
+            du, dv, dshift = finished(du, dv, v, shift, scale, g, h)
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)
             dv = None if x is None else plus(dv, dh @ rows(x))

@@ -194,3 +194,23 @@ def test_shifts_may_lie_apart() -> None:
     g, h = random(33, 513, dtype=torch.bfloat16), random(33, 513, dtype=torch.bfloat16).flip(0)
     same(fused.sums(g, h, apart), fused.sums(g, h, together))
     differ(fused.sums(g, h, apart), fused.sums(g, h, wide[:, 0].contiguous()))
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner", "rank"), [(1, 1, 1), (70, 33, 5), (1030, 2050, 32), (64, 1500, 130)])
+def test_factors_gradients_are_finished_in_place(out: int, inner: int, rank: int, dtype: torch.dtype) -> None:
+    du, dv, v = random(out, rank, dtype=dtype), random(rank, inner, dtype=dtype), random(rank, inner + 3, dtype=dtype)[:, 1:-2]
+    shift, scale = random(rank, 3)[:, 1], random(rank).abs()
+    values, dshift = (shift * scale).double(), scale.double() * (dv.double() * v.double()).sum(1)
+    one, other = du.clone(), dv.clone()
+    found = fused.finish(one, other, v, shift, scale)
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), dshift, rtol=1e-4, atol=1e-4 * inner**0.5)
+    for given, made, exact in ((du, one, du.double() * values), (dv, other, dv.double() * values[:, None])):
+        assert float((made.double() - exact).norm()) <= torch.finfo(dtype).eps * float(exact.norm())  # the interpreter cuts
+        differ(made, given)
+    assert fused.finish(one.mT.contiguous().mT, other, v, shift, scale) is None or rank == 1 or out == 1
+    assert fused.finish(one.double(), other.double(), v.double(), shift, scale) is None
