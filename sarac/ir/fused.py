@@ -197,19 +197,19 @@ def _launch(
     It takes addresses then: of a tensor it would ask the driver about each.
     """
     device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             _launch(name, grid, tensors, numbers, constants)
         return
     places = [one.data_ptr() for one in tensors]
-    key = (name, device.index, numbers, constants, *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)])
+    key = (name, device.index, grid, numbers, constants, *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)])
     ready = _compiled.get(key)
     if ready is not None:
-        ready[grid](*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
+        ready(*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
         return
     made = getattr(_kernels(), name)[grid](*tensors, *numbers, *constants)
     if made is not None and len(_compiled) < _MOST:
-        _compiled[key] = made
+        _compiled[key] = made[grid]
 
 
 _compiled: dict[Any, Any] = {}
