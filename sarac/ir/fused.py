@@ -202,7 +202,14 @@ def _launch(
             _launch(name, grid, tensors, numbers, constants)
         return
     places = [one.data_ptr() for one in tensors]
-    key = (name, device.index, grid, numbers, constants, *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)])
+    key = (
+        name,
+        device.index,
+        grid,
+        numbers,
+        constants,
+        *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)],
+    )
     ready = _compiled.get(key)
     if ready is not None:
         ready(*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))

@@ -225,9 +225,9 @@ def finish(du, dv, v, shift, scale, dshift, numbers, inner, rank, pitch, width: 
         tl.store(dshift + program, tl.sum(total, 0) * factor)
     else:
         place = (program - rank) * width + tl.arange(0, width)
-        value = tl.load(shift + place % rank).to(tl.float32) * tl.load(scale + place % rank).to(tl.float32)
-        one = tl.load(du + place, place < numbers, 0.0).to(tl.float32) * value
-        tl.store(du + place, one.to(du.dtype.element_ty), place < numbers)
+        values = tl.load(shift + place % rank).to(tl.float32) * tl.load(scale + place % rank).to(tl.float32)
+        values *= tl.load(du + place, place < numbers, 0.0).to(tl.float32)
+        tl.store(du + place, values.to(du.dtype.element_ty), place < numbers)
 
 
 @triton.jit

@@ -214,3 +214,35 @@ def test_factors_gradients_are_finished_in_place(out: int, inner: int, rank: int
         differ(made, given)
     assert fused.finish(one.mT.contiguous().mT, other, v, shift, scale) is None or rank == 1 or out == 1
     assert fused.finish(one.double(), other.double(), v.double(), shift, scale) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None or RUNS, reason="no Triton that compiles, or a GPU that shows it")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_where_no_gpu_is(dtype: str) -> None:
+    """Triton's interpreter takes what its compiler does not: PTX needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sarac.ir import kernels
+
+    values = {"shift", "scale", "router", "scores", "shares", "dshift", "one", "other"}
+    tensors = {"u", "v", "x", "h", "g", "a", "b", "c", "du", "dv", "dh", "mixed", "dmixed", "out"}
+    routed = {"sets": 5, "padded": 16, "width": fused._TOKENS, "rows": fused._RANKS}
+    square = {"m": fused._HIGH, "n": fused._WIDE, "k": fused._DEEP, "group": fused._GROUP}
+    given: dict[str, list[dict[str, int]]] = {
+        "forward": [{**routed, "scaled": one, "kind": kind, "count": kind} for one in (0, 1) for kind in range(3)],
+        "backward": [{**routed, "scaled": one, "kind": kind, "count": kind} for one in (0, 1) for kind in range(3)],
+        "sums": [{"divide": one, "scaled": 1 - one, "length": 8192, "width": 1024} for one in (0, 1)],
+        "turned": [{"scaled": one, "side": 64} for one in range(3)],
+        "finish": [{"width": 1024}],
+        "mend": [{"length": 1024, "rows": 32, "width": 64, "depth": 64}],
+        "added": [square],
+    }
+    kinds = dict.fromkeys(values, "*fp32") | dict.fromkeys(tensors, f"*{dtype}") | {"near": "fp32"}
+    for name, choices in given.items():
+        kernel = getattr(kernels, name)
+        for constants in choices:
+            signature = {one: "constexpr" if one in constants else kinds.get(one, "i32") for one in kernel.arg_names}
+            source = ASTSource(kernel, signature, {(kernel.arg_names.index(one),): value for one, value in constants.items()})
+            assert name in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
