@@ -5,14 +5,11 @@ is an operator there that the compiler leaves as it is.
 """
 
 import functools
-import importlib.util
-import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+
+from sarac.ir.launch import Launch, kernels, launched, operator, runs, traced
 
 _TOKENS, _RANKS = 64, 64  # tokens and directions of a block of the routed kernels: the best of 13 on an H200 at k = 566, 759
 _LENGTH, _WIDTH = 8192, 1024  # tokens of a piece of a sum, and numbers that a program takes at once
@@ -25,7 +22,6 @@ _SETS = 16  # above it torch's own products are the better way
 Some = Tensor | None
 Mixed = tuple[Tensor, Tensor]  # h ⊙ (mᵀ g), scores
 Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
-Launch = Callable[[str, tuple[Any, ...], tuple[Tensor, ...], tuple[Any, ...], tuple[Any, ...]], None]
 
 
 def mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str) -> Mixed | None:
@@ -35,7 +31,7 @@ def mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str) -> M
     if torch.compiler.is_compiling():
         found: Mixed = _mixed_in_graph(h, router, shift, scale, kind)
         return found
-    return _mixed(h, router, shift, scale, kind, _launch)
+    return _mixed(h, router, shift, scale, kind, launched)
 
 
 def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, router: Tensor, kind: str) -> Back | None:
@@ -46,7 +42,7 @@ def back(dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Some, 
     if compiling:
         dh, few = _back_in_graph(dmixed, h, scores, shift, scale, router, kind)
     else:
-        dh, few = _back(dmixed, h, scores, shift, scale, router, kind, _launch)
+        dh, few = _back(dmixed, h, scores, shift, scale, router, kind, launched)
     return dh, few[0], few[1]
 
 
@@ -55,52 +51,52 @@ def sums(g: Tensor, h: Tensor, shift: Some = None, scale: Some = None) -> Some:
 
     Over 1 + δ where δ (k,) is given and |1 + δ| is not below NEAR.
     """
-    if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and _runs(h)):
+    if not (g.dtype == h.dtype == torch.bfloat16 and g.stride(1) == h.stride(1) == 1 and runs(h)):
         return None
     if torch.compiler.is_compiling():
         found: Tensor = _sums_in_graph(g, h, shift, scale)
         return found
-    return _sums(g, h, shift, scale, _launch)
+    return _sums(g, h, shift, scale, launched)
 
 
 def added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Some:
     """C + A diag(one ⊙ other) B, laid out as C, from C (m, n), A (m, k), B (k, n) and values (k,): no copy of C comes first."""
-    if len(b) > _THIN or c.dtype != torch.bfloat16 or not a.dtype == b.dtype == c.dtype or not _runs(c):
+    if len(b) > _THIN or c.dtype != torch.bfloat16 or not a.dtype == b.dtype == c.dtype or not runs(c):
         return None
     if torch.compiler.is_compiling():
         found: Tensor = _added_in_graph(c, a, b, one, other)
         return found
-    return _added(c, a, b, one, other, _launch)
+    return _added(c, a, b, one, other, launched)
 
 
 def turned(u: Tensor, one: Some = None, other: Some = None) -> Some:
     """diag(one ⊙ other) Uᵀ (k, out) in U's dtype, or by one alone or none, from U (out, k); each row lies together."""
-    if not (u.dtype in (torch.float32, torch.bfloat16) and u.stride(1) == 1 and _runs(u)):
+    if not (u.dtype in (torch.float32, torch.bfloat16) and u.stride(1) == 1 and runs(u)):
         return None
     if torch.compiler.is_compiling():
         found: Tensor = _turned_in_graph(u, one, other)
         return found
-    return _turned(u, one, other, _launch)
+    return _turned(u, one, other, launched)
 
 
 def finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Some:
     """dδ = s ⊙ Σ dV ⊙ V in float32; δ s is multiplied into dU (out, k) and dV (k, in), which were without it, in place."""
-    there = du.dtype == dv.dtype == v.dtype and v.dtype in (torch.float32, torch.bfloat16) and _runs(v)
+    there = du.dtype == dv.dtype == v.dtype and v.dtype in (torch.float32, torch.bfloat16) and runs(v)
     if not (there and du.is_contiguous() and dv.is_contiguous() and v.stride(1) == 1):
         return None
     if torch.compiler.is_compiling():
         found: Tensor = _finish_in_graph(du, dv, v, shift, scale)
         return found
-    return _finish(du, dv, v, shift, scale, _launch)
+    return _finish(du, dv, v, shift, scale, launched)
 
 
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
     """Put s ⊙ V x into those rows of h (k, tokens) where |1 + δ| < NEAR, from x (tokens, in) and V (k, in), and into no other."""
-    runs = _runs(h) and h.dtype == x.dtype == v.dtype and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
+    served = runs(h) and h.dtype == x.dtype == v.dtype and h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
     if torch.compiler.is_compiling():
-        (_mend_in_graph if runs else _asking_in_graph)(h, x, v, scale, shift)
-    elif runs:
-        _mend(h, x, v, scale, shift, _launch)
+        (_mend_in_graph if served else _asking_in_graph)(h, x, v, scale, shift)
+    elif served:
+        _mend(h, x, v, scale, shift, launched)
     else:
         _asking(h, x, v, scale, shift)
 
@@ -185,78 +181,38 @@ def _asking(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> No
 @functools.cache
 def _how(sets: int, kind: str) -> tuple[int, ...]:
     """The constants of a routed kernel."""
-    code, count = _kernels().kind_of(kind)
+    code, count = kernels().kind_of(kind)
     return sets, _SETS, code, count, _TOKENS, _RANKS
 
 
-def _launch(
-    name: str, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], constants: tuple[Any, ...]
-) -> None:  # fmt: skip
-    """Run a kernel; again with numbers that it was compiled for, without Triton's own look at every argument (50 µs a call).
-
-    It takes addresses then: of a tensor it would ask the driver about each.
-    """
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            _launch(name, grid, tensors, numbers, constants)
-        return
-    places = [one.data_ptr() for one in tensors]
-    key = (
-        name,
-        device.index,
-        grid,
-        numbers,
-        constants,
-        *[(one.dtype, place % 16) for one, place in zip(tensors, places, strict=True)],
-    )
-    ready = _compiled.get(key)
-    if ready is not None:
-        ready(*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
-        return
-    made = getattr(_kernels(), name)[grid](*tensors, *numbers, *constants)
-    if made is not None and len(_compiled) < _MOST:
-        _compiled[key] = made[grid]
-
-
-_compiled: dict[Any, Any] = {}
-_MOST = 4096
-
-
-def _traced(
-    name: str, grid: tuple[Any, ...], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], how: tuple[Any, ...]
-) -> None:
-    wrap_triton(getattr(_kernels(), name))[grid](*tensors, *numbers, *how)
-
-
 def _traced_mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    return _mixed(h, router, shift, scale, kind, _traced)
+    return _mixed(h, router, shift, scale, kind, traced)
 
 
 def _traced_back(
     dmixed: Tensor, h: Tensor, scores: Tensor, shift: Tensor, scale: Tensor | None, router: Tensor, kind: str
 ) -> tuple[Tensor, Tensor]:
-    return _back(dmixed, h, scores, shift, scale, router, kind, _traced)
+    return _back(dmixed, h, scores, shift, scale, router, kind, traced)
 
 
 def _traced_sums(g: Tensor, h: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return _sums(g, h, shift, scale, _traced)
+    return _sums(g, h, shift, scale, traced)
 
 
 def _traced_turned(u: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor:
-    return _turned(u, one, other, _traced)
+    return _turned(u, one, other, traced)
 
 
 def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    return _added(c, a, b, one, other, _traced)
+    return _added(c, a, b, one, other, traced)
 
 
 def _traced_finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return _finish(du, dv, v, shift, scale, _traced)
+    return _finish(du, dv, v, shift, scale, traced)
 
 
 def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
-    _mend(h, x, v, scale, shift, _traced)
+    _mend(h, x, v, scale, shift, traced)
 
 
 _asking_in_graph = torch.library.custom_op("sarac::mend_asking", _asking, mutates_args=("h",))
@@ -270,34 +226,13 @@ def _(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
 def _fits(h: Tensor, router: Tensor, shift: Tensor, scale: Some) -> bool:
     narrow = h.dtype in (torch.float32, torch.bfloat16) and h.stride(1) == 1
     wide = router.dtype == shift.dtype == torch.float32 and (scale is None or scale.dtype == torch.float32)
-    return narrow and wide and len(router) <= _SETS and _runs(h)
+    return narrow and wide and len(router) <= _SETS and runs(h)
 
 
-def _runs(h: Tensor) -> bool:
-    """Whether the kernels run on h's device, or are interpreted on the CPU, as tests ask for."""
-    return _THERE and (h.is_cuda or _INTERPRETED)
-
-
-@functools.cache
-def _kernels() -> Any:
-    from sarac.ir import kernels
-
-    return kernels
-
-
-_THERE = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _operator(name: str, function: Any, *written: str) -> Any:
-    """A function as an operator of compiled graphs; torch looks for its kernels, which takes Triton."""
-    return triton_op(name, function, mutates_args=written) if _THERE else function
-
-
-_mixed_in_graph = _operator("sarac::mixed", _traced_mixed)
-_back_in_graph = _operator("sarac::routed_back", _traced_back)
-_sums_in_graph = _operator("sarac::sums", _traced_sums)
-_turned_in_graph = _operator("sarac::turned", _traced_turned)
-_added_in_graph = _operator("sarac::added", _traced_added)
-_finish_in_graph = _operator("sarac::finish", _traced_finish, "du", "dv")
-_mend_in_graph = _operator("sarac::mend", _traced_mend, "h")
+_mixed_in_graph = operator("sarac::mixed", _traced_mixed)
+_back_in_graph = operator("sarac::routed_back", _traced_back)
+_sums_in_graph = operator("sarac::sums", _traced_sums)
+_turned_in_graph = operator("sarac::turned", _traced_turned)
+_added_in_graph = operator("sarac::added", _traced_added)
+_finish_in_graph = operator("sarac::finish", _traced_finish, "du", "dv")
+_mend_in_graph = operator("sarac::mend", _traced_mend, "h")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from zoo import close, differ, same
 
-from sarac.ir import byhand, check, fused, routes
+from sarac.ir import byhand, check, fused, launch, routes
 from sarac.ir.byhand import sums
 from sarac.ir.fused import NEAR
 
@@ -23,7 +23,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_THERE", False)
+    monkeypatch.setattr(launch, "_THERE", False)
 
 
 @needs_triton
