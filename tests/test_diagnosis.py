@@ -656,14 +656,15 @@ def louder(run: transformers.Trainer, factor: float) -> None:
     run.args.logging_steps = 500
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "options"), [("sara", {"gradient_accumulation_steps": 2}), *((method, {}) for method in METHODS)]
+)
 def test_gradients_that_explode_are_found_though_the_trainer_clips_them(
     tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
     found = {}
     for factor in (1.0, 1e6):
-        run = trainer(fresh(method), tmp_path, save_strategy="no", max_steps=20, max_grad_norm=1.0, **options)
+        run = trainer(fresh(method), tmp_path, save_strategy="no", max_steps=10, max_grad_norm=1.0, **options)
         louder(run, factor)
         run.add_callback(monitor := sarac.Monitor(every=5))
         with warnings.catch_warnings():
@@ -672,7 +673,7 @@ def test_gradients_that_explode_are_found_though_the_trainer_clips_them(
         found[factor] = ["exploding" in names(one) for one in monitor.history[:-1]]
         assert all(one.notes == () for one in monitor.history)
         assert not any(one._post_accumulate_grad_hooks for one in run.model.parameters())
-    assert found == {1.0: [False] * 4, 1e6: [True] * 4}
+    assert found == {1.0: [False] * 2, 1e6: [True] * 2}
 
 
 def test_norm_before_clipping_is_the_trainers_own(tmp_path: Path) -> None:
