@@ -1,6 +1,7 @@
 """Schedules as people see and set them, what the machine's rates are measured for, and both on the command line."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,11 +60,13 @@ def losses_of_the_formula(method: str, plan: str) -> list[float]:
     return losses(set_to("plain", adapted_alike(method, plan)))
 
 
-@pytest.mark.parametrize("method", ["sara", "mosara"])
-@pytest.mark.parametrize("choice", CHOICES)
-def test_training_is_the_same_step_by_step(choice: str, method: str) -> None:
-    found = losses(set_to(choice, adapted_alike(method)))
-    assert found == pytest.approx(losses_of_the_formula(method, "threshold:0.6"), rel=1e-5)
+@pytest.mark.parametrize(
+    ("choice", "method", "plan"),
+    [*itertools.product(CHOICES, ("sara", "mosara"), ("threshold:0.6",)), (AUTO, "sara", "rank:3,train=factors")],
+)
+def test_training_is_the_same_step_by_step(choice: str, method: str, plan: str) -> None:
+    found = losses(set_to(choice, adapted_alike(method, plan)))
+    assert found == pytest.approx(losses_of_the_formula(method, plan), rel=1e-5)
     assert found != pytest.approx(losses_of_the_formula(method, "rank:1"), rel=1e-5)
 
 

@@ -93,18 +93,19 @@ def sums(g: Tensor, h: Tensor, shift: Some = None, long: Long | None = None, sca
     return over(total, shift) if scale is None else over(total, shift) * scale
 
 
-def finished(du: Some, dv: Some, v: Tensor, shift: Tensor, scale: Tensor, g: Tensor, h: Tensor) -> tuple[Some, Some, Tensor]:
-    """The gradients of U (out, k), V (k, in) and δ, from dYᵀ (V x), g x and g = Uᵀ dY: what is multiplied by δ s is so here.
+def finished(du: Some, dv: Some, g: Tensor, h: Tensor, shift: Tensor, scale: Tensor) -> tuple[Some, Some, Tensor]:
+    """The gradients of U (out, k), V (k, in) and δ, from dYᵀ hᵀ, g x, g = Uᵀ dY and h = V x.
 
-    So nothing of all tokens is. Where V trains, dδ = s ⊙ Σ g ⊙ V x is taken from s ⊙ Σ V ⊙ g x.
+    δ s is multiplied into the first two here, so that nothing of all tokens is. Σ g ⊙ h is also Σ V ⊙ g x, but not of a rounded
+    g x: where x has a mean that V does not see, a fifth of dδ would be lost.
     """
     if du is not None and dv is not None and (not differentiable() or torch.compiler.is_compiling()):
-        found = fused.finish(du, dv, v, shift, scale)
+        found = fused.finish(du, dv, g, h, shift, scale)
         if found is not None:
             return du, dv, found
-    dshift = sums(g, h, scale=scale) if dv is None else sums(dv, v, scale=scale)
     values = shift if du is None and dv is None else shift * scale
-    return None if du is None else rounded(du, values), None if dv is None else times(dv, values), dshift
+    du, dv = None if du is None else rounded(du, values), None if dv is None else times(dv, values)
+    return du, dv, sums(g, h, scale=scale)
 
 
 def over(total: Tensor, shift: Some) -> Tensor:

@@ -96,7 +96,10 @@ class Call:
         reduced = rates.passes(2 * t * k, size)
         if schedule == "two-sided":
             thin = 2 * rates.product(t, n, k, size) + 2 * rates.product(t, m, k, size)
-            trained = rates.product(k, t, m, size) + rates.product(k, t, n, size) if self.factors else 0.0
+            trained = 0.0
+            if self.factors:
+                made = rates.product(k, t, m, size) + rates.product(k, t, n, size)
+                trained = made + rates.passes(2 * k * (m + n), size)  # shifts are multiplied into both
             return thin + trained + reduced + rates.passes(2 * k * (m + n) + t * (m + n), size, 2)
         if schedule in ("right", "left"):  # the sum in place one way, beside x or dY the other
             side = n if schedule == "right" else m

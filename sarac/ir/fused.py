@@ -21,7 +21,7 @@ _SETS = 16  # above it torch's own products are the better way
 
 Some = Tensor | None
 Mixed = tuple[Tensor, Tensor]  # h ⊙ (mᵀ g), scores
-Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, m and R
+Back = tuple[Tensor, Tensor, Tensor]  # the gradients of h, δ and R
 
 
 def mixed(h: Tensor, router: Tensor, shift: Tensor, scale: Some, kind: str) -> Mixed | None:
@@ -79,15 +79,15 @@ def turned(u: Tensor, one: Some = None, other: Some = None) -> Some:
     return _turned(u, one, other, launched)
 
 
-def finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Some:
-    """dδ = s ⊙ Σ dV ⊙ V in float32; δ s is multiplied into dU (out, k) and dV (k, in), which were without it, in place."""
-    there = du.dtype == dv.dtype == v.dtype and v.dtype in (torch.float32, torch.bfloat16) and runs(v)
-    if not (there and du.is_contiguous() and dv.is_contiguous() and v.stride(1) == 1):
+def finish(du: Tensor, dv: Tensor, g: Tensor, h: Tensor, shift: Tensor, scale: Tensor) -> Some:
+    """dδ = s ⊙ Σ g ⊙ h over the tokens of both (k, tokens), in float32; dU (out, k) and dV (k, in) times δ s, in place."""
+    there = du.dtype == dv.dtype == g.dtype == h.dtype and h.dtype in (torch.float32, torch.bfloat16) and runs(h)
+    if not (there and du.is_contiguous() and dv.is_contiguous() and g.stride(1) == h.stride(1) == 1):
         return None
     if torch.compiler.is_compiling():
-        found: Tensor = _finish_in_graph(du, dv, v, shift, scale)
+        found: Tensor = _finish_in_graph(du, dv, g, h, shift, scale)
         return found
-    return _finish(du, dv, v, shift, scale, launched)
+    return _finish(du, dv, g, h, shift, scale, launched)
 
 
 def mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -156,12 +156,12 @@ def _back(
     return dh, shares.sum(0)
 
 
-def _finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> Tensor:
-    rank, inner = v.shape
-    dshift = torch.empty(rank, device=v.device, dtype=torch.float32)
-    tensors = (du, dv, v, shift.contiguous(), scale.contiguous(), dshift)
-    grid = (rank + -(-du.numel() // _WIDTH), 1, 1)
-    launch("finish", grid, tensors, (du.numel(), inner, rank, v.stride(0)), (_WIDTH,))
+def _finish(du: Tensor, dv: Tensor, g: Tensor, h: Tensor, shift: Tensor, scale: Tensor, launch: Launch) -> Tensor:
+    (rank, tokens), up, down = h.shape, du.numel(), dv.numel()
+    dshift = torch.empty(rank, device=h.device, dtype=torch.float32)
+    tensors = (du, dv, g, h, shift.contiguous(), scale.contiguous(), dshift)
+    numbers = (up, down, tokens, rank, dv.shape[1], g.stride(0), h.stride(0))
+    launch("finish", (rank + -(-up // _WIDTH) + -(-down // _WIDTH), 1, 1), tensors, numbers, (_WIDTH,))
     return dshift
 
 
@@ -207,8 +207,8 @@ def _traced_added(c: Tensor, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -
     return _added(c, a, b, one, other, traced)
 
 
-def _traced_finish(du: Tensor, dv: Tensor, v: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return _finish(du, dv, v, shift, scale, traced)
+def _traced_finish(du: Tensor, dv: Tensor, g: Tensor, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return _finish(du, dv, g, h, shift, scale, traced)
 
 
 def _traced_mend(h: Tensor, x: Tensor, v: Tensor, scale: Tensor, shift: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 Projections lie as (k, tokens). A program of the routed ones takes a block of tokens: the scores need all directions before the
 first gate is known, so h is read twice, the second time from the cache. Gates and their mixture of shifts stay in registers.
-Products with the few sets are those of float32; but for the scores, to 16 bits where h is bfloat16, which has 8.
+Products with the few sets are those of float32 where h is; where it is bfloat16, of 8 bits, they are taken to 16, but the scores
+to all 24.
 """
 
 import os
@@ -71,7 +72,7 @@ def forward(
     h, router, shift, scale, mixed, scores, tokens, rank, pitch, scaled: tl.constexpr,
     sets: tl.constexpr, padded: tl.constexpr, kind: tl.constexpr, count: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """mixed = h ⊙ (mᵀ g) and the scores R h, from h (rank, tokens), R and m (sets, rank)."""
+    """mixed = h ⊙ (mᵀ g) and the scores R h, from h (rank, tokens), R and the shifts (sets, rank) that m is of (`_shifts`)."""
     narrow: tl.constexpr = h.dtype.element_ty == tl.bfloat16
     token = tl.program_id(0) * width + tl.arange(0, width)
     inside, lanes = (token < tokens)[None, :], tl.arange(0, padded)[:, None]
@@ -141,9 +142,7 @@ def backward(
 
 
 @triton.jit
-def turned(
-    u, one, other, out, height, rank, pitch, scaled: tl.constexpr, side: tl.constexpr
-):  # fmt: skip
+def turned(u, one, other, out, height, rank, pitch, scaled: tl.constexpr, side: tl.constexpr):
     """diag(values) Uᵀ (rank, height) from U (height, rank), a square at a time: what is read and what is written lie together.
 
     `scaled`: by no values, by `one`, or by two's product.
@@ -210,24 +209,29 @@ def sums(
 
 
 @triton.jit
-def finish(du, dv, v, shift, scale, dshift, numbers, inner, rank, pitch, width: tl.constexpr):
-    """δ s times dU (…, rank) by columns and dV (rank, inner) by rows, in place; before that dδ = s Σ dV ⊙ V, in float32."""
+def finish(
+    du, dv, g, h, shift, scale, dshift, up, down, tokens, rank, inner, gpitch, hpitch, width: tl.constexpr
+):  # fmt: skip
+    """dδ = s Σ g ⊙ h over tokens, in float32; δ s times dU (up numbers, rows of rank) and dV (rank, inner) in place."""
     program = tl.program_id(0).to(tl.int64)
     if program < rank:
-        factor = tl.load(scale + program).to(tl.float32)
-        value = factor * tl.load(shift + program).to(tl.float32)
         total = tl.zeros((width,), tl.float32)
-        for start in range(0, inner, width):
-            column = start + tl.arange(0, width)
-            one = tl.load(dv + program * inner + column, column < inner, 0.0).to(tl.float32)
-            total += one * tl.load(v + program * pitch + column, column < inner, 0.0).to(tl.float32)
-            tl.store(dv + program * inner + column, (one * value).to(dv.dtype.element_ty), column < inner)
-        tl.store(dshift + program, tl.sum(total, 0) * factor)
-    else:
+        for start in range(0, tokens, width):
+            token = start + tl.arange(0, width)
+            one = tl.load(g + program * gpitch + token, token < tokens, 0.0).to(tl.float32)
+            total += one * tl.load(h + program * hpitch + token, token < tokens, 0.0).to(tl.float32)
+        tl.store(dshift + program, tl.sum(total, 0) * tl.load(scale + program).to(tl.float32))
+    elif program < rank + tl.cdiv(up, width):
         place = (program - rank) * width + tl.arange(0, width)
-        values = tl.load(shift + place % rank).to(tl.float32) * tl.load(scale + place % rank).to(tl.float32)
-        values *= tl.load(du + place, place < numbers, 0.0).to(tl.float32)
-        tl.store(du + place, values.to(du.dtype.element_ty), place < numbers)
+        value = tl.load(shift + place % rank).to(tl.float32) * tl.load(scale + place % rank).to(tl.float32)
+        value *= tl.load(du + place, place < up, 0.0).to(tl.float32)
+        tl.store(du + place, value.to(du.dtype.element_ty), place < up)
+    else:
+        place = (program - rank - tl.cdiv(up, width)) * width + tl.arange(0, width)
+        row = tl.minimum(place // inner, rank - 1)
+        value = tl.load(shift + row).to(tl.float32) * tl.load(scale + row).to(tl.float32)
+        value *= tl.load(dv + place, place < down, 0.0).to(tl.float32)
+        tl.store(dv + place, value.to(dv.dtype.element_ty), place < down)
 
 
 @triton.jit

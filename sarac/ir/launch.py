@@ -36,7 +36,9 @@ def launched(
         ready(*places, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
         return
     made = getattr(kernels(), name)[grid](*tensors, *numbers, *constants)
-    if made is not None and len(_compiled) < _MOST:
+    if made is not None:
+        if len(_compiled) >= _MOST:
+            _compiled.clear()  # tokens are in the key: what is launched now is likelier to come again
         _compiled[key] = made[grid]
 
 

@@ -45,7 +45,7 @@ class Materialised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Some, dh: Some) -> Any:
-        """dX = dY (W + U diag(δ s) V); dδ = Σ s Uᵀ dY ⊙ V x."""
+        """dX = dY (W + U diag(δ s) V); dδ = Σ s Uᵀ dY ⊙ V x, from what the module says, or as it stands where there is no dX."""
         weight, made, u, v, scale, shift, h = saved(ctx)
         dx = dshift = None
         if dy is not None:
@@ -89,6 +89,7 @@ def _forward(ctx: Any, given: tuple[Any, ...], kept: bool) -> Made:
     else:
         h = lain(u.mT) @ rows(y).mT
         fused.mend(h, rows(x), v, scale, shift)
+    kept = kept and ctx.needs_input_grad[1]
     keep(ctx, op, x, weight, made if kept else None, u, v, scale, shift, h)
     # Not among what is saved: a checkpoint counts that, in the block and behind it.
     ctx.made = made if _held and not kept else None

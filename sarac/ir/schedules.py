@@ -61,7 +61,7 @@ class TwoSided(torch.autograd.Function):
             dx = expanded(rows(dy) @ weight, g, times(v, shift, scale)) if ctx.needs_input_grad[1] else None
             du = rows(dy).mT @ h.mT if ctx.needs_input_grad[4] else None
             dv = None if x is None else g @ rows(x)
-            du, dv, dshift = finished(du, dv, v, shift, scale, g, h)
+            du, dv, dshift = finished(du, dv, g, h, shift, scale)
         if dh is not None and again():
             dx = plus(dx, dh.mT @ v)
             dv = None if x is None else plus(dv, dh @ rows(x))

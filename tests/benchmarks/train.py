@@ -3,13 +3,13 @@
     python tests/benchmarks/train.py [llama llama1b llama8b smollm2] [--device cuda] [--tiny] [--ways sara mosara]
         [--modes eager graphed] [--rows 8] [--length 1024] [--schedules] [--jobs 7] [--out train.json]
 
-A step is forward, backward and the optimiser's (AdamW), on 8 x 1024 tokens (8b: 2 x 1024), in bfloat16 on CUDA and float32 on the
-CPU. The floor is the frozen base, forward and backward to the embeddings; adapted models, which need no gradient of the first
-layer's input, have 0.6 % fewer operations of it (llama). Milliseconds
-are medians; `busy` is what of a step the device worked; GiB is the peak of what torch had allocated. `graphed` is the eager step,
-captured as a CUDA graph and replayed: what it costs where the host's Python does not. Models have random weights
-of the named shapes, the same in every layer, so that one layer is decomposed. Adapters are on all linear weights of the layers;
-what sarac chooses by is measured first. `--schedules` sets each schedule in turn where sarac would choose.
+A step is forward, backward and the optimiser's (AdamW), on 8 x 1024 tokens (8b: 2 x 1024), in bfloat16 on CUDA and float32 on
+the CPU. The floor is the frozen base, forward and backward to the embeddings; adapted models, which need no gradient of the
+first layer's input, have 0.6 % fewer operations of it (llama). Milliseconds are medians; `busy` is what of a step the device
+worked; GiB is the peak of what torch had allocated. `graphed` is the eager step, captured as a CUDA graph and replayed: what it
+costs where the host's Python does not. Models have random weights of the named shapes, the same in every layer, so that one
+layer is decomposed. Adapters are on all linear weights of the layers; what sarac chooses by is measured first. `--schedules`
+sets each schedule in turn where sarac would choose.
 """
 
 import argparse
@@ -227,7 +227,10 @@ def _work(work: Work, found: Any, ready: Any, alone: Any) -> None:
         told = f"{work}: {traceback.format_exc()}"
     ready.wait(900)
     with alone:
-        found.put(told if made is None else work.row(*made))
+        try:
+            found.put(told if made is None else work.row(*made))
+        except Exception:  # noqa: BLE001 - told by the parent
+            found.put(f"{work}: {traceback.format_exc()}")
 
 
 def compared(rows: list[Row]) -> list[Row]:

@@ -199,21 +199,23 @@ def test_shifts_may_lie_apart() -> None:
 @needs_triton
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("out", "inner", "rank"), [(1, 1, 1), (70, 33, 5), (1030, 2050, 32), (64, 1500, 130)])
-def test_factors_gradients_are_finished_in_place(out: int, inner: int, rank: int, dtype: torch.dtype) -> None:
-    du, dv, v = random(out, rank, dtype=dtype), random(rank, inner, dtype=dtype), random(rank, inner + 3, dtype=dtype)[:, 1:-2]
-    shift, scale = random(rank, 3)[:, 1], random(rank).abs()
-    values, dshift = (shift * scale).double(), scale.double() * (dv.double() * v.double()).sum(1)
+@pytest.mark.parametrize(
+    ("out", "inner", "rank", "tokens"), [(1, 1, 1, 1), (70, 33, 5, 1030), (1030, 2050, 32, 70), (64, 9, 130, 5)]
+)
+def test_factors_gradients_are_finished_in_place(out: int, inner: int, rank: int, tokens: int, dtype: torch.dtype) -> None:
+    du, dv, g = random(out, rank, dtype=dtype), random(rank, inner, dtype=dtype), random(rank, tokens, dtype=dtype)
+    h, shift, scale = random(rank, tokens + 3, dtype=dtype)[:, 1:-2], random(rank, 3)[:, 1], random(rank).abs()
+    values, dshift = (shift * scale).double(), scale.double() * (g.double() * h.double()).sum(1)
     one, other = du.clone(), dv.clone()
-    found = fused.finish(one, other, v, shift, scale)
+    found = fused.finish(one, other, g, h, shift, scale)
     assert found is not None
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), dshift, rtol=1e-4, atol=1e-4 * inner**0.5)
+    torch.testing.assert_close(found.double(), dshift, rtol=1e-5, atol=1e-5 * tokens**0.5)
     for given, made, exact in ((du, one, du.double() * values), (dv, other, dv.double() * values[:, None])):
         assert float((made.double() - exact).norm()) <= torch.finfo(dtype).eps * float(exact.norm())  # the interpreter cuts
         differ(made, given)
-    assert fused.finish(one.mT.contiguous().mT, other, v, shift, scale) is None or rank == 1 or out == 1
-    assert fused.finish(one.double(), other.double(), v.double(), shift, scale) is None
+    assert fused.finish(one.mT.contiguous().mT, other, g, h, shift, scale) is None or rank == 1 or out == 1
+    assert fused.finish(*(each.double() for each in (one, other, g, h)), shift, scale) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None or RUNS, reason="no Triton that compiles, or a GPU that shows it")
